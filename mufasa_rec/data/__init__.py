@@ -1,0 +1,1 @@
+"""From raw events and vectors to finished batches."""
