@@ -1,0 +1,1 @@
+"""Processes, devices and the placement of tables on them."""
