@@ -1,7 +1,7 @@
 """Which torch, fbgemm-gpu and torchrec belong together, checked from package metadata before any of them is imported.
 
-The three are built against one another minor by minor. A wrong pair fails deep inside an import with a missing symbol; this
-check fails first and says which package is wrong, which one is right, and the pip command that brings it.
+The three are built against one another minor by minor. A wrong pair fails deep inside an import with a missing symbol;
+this check fails first and says which package is wrong, which one is right, and the pip command that brings it.
 """
 
 from collections.abc import Callable
@@ -35,8 +35,8 @@ def check_versions(version_of: Callable[[str], str] = metadata.version) -> None:
         version_of: Gives a distribution's version or raises `PackageNotFoundError`; tests pass their own.
 
     Raises:
-        VersionMismatchError: A package is missing or of the wrong minor version, both builds of fbgemm-gpu are installed, or
-            the CUDA build of fbgemm-gpu stands beside a CPU build of torch.
+        VersionMismatchError: A package is missing or of the wrong minor version, both builds of fbgemm-gpu are
+            installed, or the CUDA build of fbgemm-gpu stands beside a CPU build of torch.
     """
     installed = Installed(
         torch=_version(version_of, "torch"),
@@ -52,32 +52,37 @@ def find_mismatch(installed: Installed) -> str | None:
     """Say what is wrong with a set of versions, and the remedy; None when they belong together."""
     torch = installed.torch
     if torch is None:
-        return "torch is not installed. Remedy: pip install torch==2.13.0, then the lock: see requirements/cpu.txt"
-    torchrec_minor = TORCHREC_OF.get(_minor(torch))
-    if torchrec_minor is None:
-        return f"torch {torch} is not supported ({_pairs()}). Remedy: pip install torch==2.13.0 and {_install('1.8', FBGEMM_CPU)}"
+        return "torch is not installed. Remedy: pip install torch==2.13.0, then a lock of requirements/"
+    minor = TORCHREC_OF.get(_minor(torch))
+    if minor is None:
+        remedy = "Remedy: pip install torch==2.13.0, then a lock of requirements/"
+        return f"torch {torch} is not supported: {_pairs()}. {remedy}"
     wanted = FBGEMM_CPU if _is_cpu_build(torch) or installed.fbgemm_cpu else FBGEMM_CUDA
-    remedy = f"Remedy: {_install(torchrec_minor, wanted)}"
-    if installed.fbgemm_cpu and installed.fbgemm_cuda:
-        return (
-            f"both {FBGEMM_CPU} {installed.fbgemm_cpu} and {FBGEMM_CUDA} {installed.fbgemm_cuda} are installed and overwrite each "
-            f"other. Remedy: pip uninstall -y {FBGEMM_CPU} {FBGEMM_CUDA} && {_install(torchrec_minor, wanted)}"
-        )
-    if installed.fbgemm_cuda and _is_cpu_build(torch):
-        return (
-            f"{FBGEMM_CUDA} {installed.fbgemm_cuda} (the CUDA build) stands beside torch {torch} (a CPU build). "
-            f"Remedy: pip uninstall -y {FBGEMM_CUDA} && {_install(torchrec_minor, FBGEMM_CPU)}"
-        )
-    fbgemm_name = FBGEMM_CPU if installed.fbgemm_cpu else FBGEMM_CUDA
-    found = {fbgemm_name: installed.fbgemm_cpu or installed.fbgemm_cuda, "torchrec": installed.torchrec}
-    for name, version in found.items():
+    return _wrong_build(installed, minor, wanted) or _wrong_minor(installed, minor, wanted)
+
+
+def _wrong_build(installed: Installed, minor: str, wanted: str) -> str | None:
+    if not installed.fbgemm_cuda or not (installed.fbgemm_cpu or _is_cpu_build(installed.torch or "")):
+        return None
+    problem = (
+        f"{FBGEMM_CUDA} {installed.fbgemm_cuda} (the CUDA build) stands beside torch {installed.torch} (a CPU build)"
+    )
+    if installed.fbgemm_cpu:
+        problem = f"{FBGEMM_CPU} and {FBGEMM_CUDA} are both installed and overwrite each other"
+    return f"{problem}. Remedy: pip uninstall -y {FBGEMM_CPU} {FBGEMM_CUDA} && {_install(minor, wanted)}"
+
+
+def _wrong_minor(installed: Installed, minor: str, wanted: str) -> str | None:
+    remedy = f"Remedy: {_install(minor, wanted)}"
+    for name, version in ((wanted, installed.fbgemm_cpu or installed.fbgemm_cuda), ("torchrec", installed.torchrec)):
         if version is None:
-            return f"{wanted if name != 'torchrec' else name} is not installed (torch {torch} is). {remedy}"
-        if _minor(version) != torchrec_minor:
-            belongs = (
-                f"is built for torch {TORCH_OF[_minor(version)]}" if _minor(version) in TORCH_OF else "is not supported"
+            return f"{name} is not installed, torch {installed.torch} is. {remedy}"
+        found = _minor(version)
+        if found != minor:
+            fits = f"is built for torch {TORCH_OF[found]}" if found in TORCH_OF else "is not supported"
+            return (
+                f"{name} {version} {fits}, but torch {installed.torch} is installed: it needs {name} {minor}. {remedy}"
             )
-            return f"{name} {version} {belongs}, but torch {torch} is installed; the right one is {name} {torchrec_minor}.*. {remedy}"
     return None
 
 
