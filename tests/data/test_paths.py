@@ -1,0 +1,65 @@
+"""Paths and URLs: atomic writes, readable errors, and object stores through fsspec's memory file system."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from mufasa_rec.data import paths
+
+
+def test_join_works_for_folders_and_urls() -> None:
+    assert paths.join("/a/b/", "c", "d.json") == "/a/b/c/d.json"
+    assert paths.join("s3://bucket/a", "c") == "s3://bucket/a/c"
+
+
+def test_missing_file_names_itself_and_the_remedy(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"absent: no such file; check the path"):
+        paths.open_file(tmp_path / "absent")
+
+
+def test_atomic_write_leaves_nothing_after_an_error(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="boom"), paths.atomic_write(tmp_path / "file") as path:
+        path.write_text("half")
+        raise RuntimeError("boom")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_full_disk_names_the_target_the_bytes_and_the_remedy(tmp_path: Path) -> None:
+    target = tmp_path / "set"
+    message = r"disk is full: 5 bytes were written for .*set.*free space"
+    with pytest.raises(OSError, match=message) as caught, paths.atomic_folder(target) as folder:
+        (folder / "data").write_text("12345")
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert caught.value.errno == errno.ENOSPC
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_atomic_folder_refuses_what_is_there_and_replaces_it_only_when_asked(tmp_path: Path) -> None:
+    target = tmp_path / "set"
+    target.mkdir()
+    (target / "old").touch()
+    with pytest.raises(ValueError, match="already exists; choose another folder"), paths.atomic_folder(target):
+        pass
+    assert (target / "old").exists()
+    with paths.atomic_folder(target, overwrite=True) as folder:
+        (folder / "new").touch()
+    assert [path.name for path in target.iterdir()] == ["new"]
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+def test_object_store_is_written_listed_and_copied() -> None:
+    url = "memory://test_paths/set"
+    with paths.atomic_folder(url) as folder:
+        (folder / "sub").mkdir()
+        (folder / "sub" / "a.parquet").write_text("a")
+        (folder / "dataset.json").write_text("{}")
+    assert paths.exists(paths.join(url, "dataset.json"))
+    assert [name.rsplit("/", 1)[1] for name in paths.list_files(paths.join(url, "sub"), ".parquet")] == ["a.parquet"]
+    with paths.open_file(paths.join(url, "sub", "a.parquet")) as file:
+        assert file.read() == b"a"
+    assert paths.local_copy(paths.join(url, "sub", "a.parquet")).read_text() == "a"
+    fsspec.filesystem("memory").rm("/test_paths", recursive=True)
