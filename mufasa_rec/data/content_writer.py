@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 
 from mufasa_rec.data import paths
-from mufasa_rec.data.content_store import ContentStore
 from mufasa_rec.data.content_manifest import (
     MANIFEST,
     ContentManifest,
@@ -27,6 +26,7 @@ from mufasa_rec.data.content_manifest import (
     segment_file,
 )
 from mufasa_rec.data.content_segment import DTYPES, SegmentWriter, refuse
+from mufasa_rec.data.content_store import ContentStore
 from mufasa_rec.data.vectors import VectorSource
 
 _CHUNK_BYTES = 1 << 24
