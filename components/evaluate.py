@@ -52,7 +52,7 @@ def evaluate(
                 name="evaluate",
                 image=image,
                 entrypoint="sh",
-                args=["-c", _torchrun(python, j, rdzv_port, ["-m", "torchx_apps.evaluate", *script_args])],
+                args=["-c", _torchrun(python, j, rdzv_port, ["torchx_apps.evaluate", *script_args])],
                 env={"OMP_NUM_THREADS": str(threads), "LOGLEVEL": "WARNING", **(env or {})},
                 num_replicas=_nodes_and_processes(j)[0],
                 max_retries=max_retries,
@@ -67,6 +67,7 @@ def evaluate(
 def _torchrun(python: str, j: str, rdzv_port: int, program: List[str]) -> str:
     """The shell line of one node: only a shell knows the first node's host, in a variable that each scheduler names."""
     nodes, processes = _nodes_and_processes(j)
+    # After `--` torchrun does not take the program's --run for a short form of its own --run_path.
     # `$$` is a `$` that TorchX leaves alone when it fills in its own macros.
     meeting_point = "localhost:0 --local_addr localhost"
     if nodes > 1:
@@ -74,7 +75,7 @@ def _torchrun(python: str, j: str, rdzv_port: int, program: List[str]) -> str:
     return (
         f"exec {shlex.quote(python)} -m torch.distributed.run --nnodes {nodes} --nproc_per_node {processes}"
         f" --rdzv_backend c10d --rdzv_id {specs.macros.app_id} --rdzv_endpoint {meeting_point}"
-        f" --max_restarts 0 --tee 3 --role '' {shlex.join(program)}"
+        f" --max_restarts 0 --tee 3 --role '' -m -- {shlex.join(program)}"
     )
 
 

@@ -1,0 +1,258 @@
+"""The whole way on one page: prepare, train, evaluate, each a job of 2 processes by `torchx run`, and a table.
+
+    python -m torchx_apps.demo [--data FOLDER] [--run FOLDER] [--preset NAME] [--task retrieval] [--seed N]
+
+`make demo` calls it. Without data it takes a generated catalog, whose oracle (its true distribution) joins the table.
+Where the data set has content vectors, the same model is trained once more without them.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from torchx_apps.local_job import Job, JobFailedError, run_job
+
+TASKS = ("retrieval",)
+MARKER = "demo.json"
+CREATED_BY = "torchx_apps.demo"
+# All that the demo and its jobs write into the run folder, and so all that it replaces.
+OUTPUTS = (
+    "dataset",
+    "model",
+    "model_without_content",
+    "logs",
+    "summary.json",
+    "evaluation.json",
+    "report.html",
+    MARKER,
+)
+ROWS = {
+    "popularity": "popularity",
+    "markov": "first-order Markov",
+    "model_without_content": "model without content",
+    "model": "model",
+    "oracle": "oracle",
+}
+COLUMNS = {
+    "hr@10": "HR@10",
+    "ndcg@10": "NDCG@10",
+    "mrr": "MRR",
+    "coverage": "coverage",
+    "few_hr@10": "few events",
+    "cold_hr@10": "cold",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions:
+    """What the command line asks for."""
+
+    data: str = ""
+    run: Path = Path("runs/demo")
+    preset: str = "demo"
+    task: str = "retrieval"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.task not in TASKS:
+            raise ValueError(
+                f"task is {self.task!r}: the tasks that exist are {', '.join(TASKS)}; give TASK={TASKS[0]}"
+            )
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}: give SEED=0 or more")
+        if any(character in str(self.run) for character in ",;="):
+            raise ValueError(
+                f"run is '{self.run}': TorchX takes no log folder with ',', ';' or '='; give another RUN=<folder>"
+            )
+        if self.data and "://" not in self.data and not os.path.isdir(self.data):
+            raise ValueError(f"data is {self.data!r}: no such folder; give DATA=<folder with interactions.*, items.*>")
+        if self.data and Path(self.data).resolve().is_relative_to(self.run.resolve()):
+            raise ValueError(f"data is {self.data!r}, inside the run folder '{self.run}': give another RUN=<folder>")
+
+    @property
+    def source(self) -> str:
+        """What `prepare` is given as input."""
+        return self.data or f"synthetic:{self.seed}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the demo.
+
+    Returns:
+        0, or 1 when a job failed, 2 for a wrong argument, 130 when it was interrupted.
+    """
+    for name in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(name, _interrupt)
+    try:
+        options = parse_options(argv)
+        claim_run_folder(options)
+        run_demo(options)
+    except ValueError as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 2
+    except JobFailedError as error:
+        print(f"\ndemo: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ndemo: interrupted; its processes are ended", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parse_options(argv: Sequence[str] | None) -> DemoOptions:
+    """Read the command line; an empty text means the default, as `make` passes variables that are not set."""
+    parser = argparse.ArgumentParser(
+        "torchx_apps.demo", description="Prepare, train, evaluate: the whole way with a table."
+    )
+    parser.add_argument(
+        "--data", default="", help="folder with interactions.*, items.* and vectors (default: generated)"
+    )
+    parser.add_argument("--run", default="", help="folder for everything that is written (default: runs/demo)")
+    parser.add_argument("--preset", default="", help="named configuration of the training (default: demo)")
+    parser.add_argument("--task", default="", help=f"one of: {', '.join(TASKS)}")
+    parser.add_argument("--seed", default="", help="seed of the generated catalog (default: 0)")
+    given: dict[str, Any] = {name: text for name, text in vars(parser.parse_args(argv)).items() if text}
+    if "run" in given:
+        given["run"] = Path(given["run"])
+    if "seed" in given:
+        if not given["seed"].lstrip("-").isdecimal():
+            raise ValueError(f"seed is {given['seed']!r}: give a whole number, SEED=0")
+        given["seed"] = int(given["seed"])
+    return DemoOptions(**given)
+
+
+def claim_run_folder(options: DemoOptions) -> None:
+    """Make the run folder the demo's own: remove what an earlier demo wrote, refuse a folder that holds anything else.
+
+    Raises:
+        ValueError: The folder holds files and no marker of an earlier demo.
+    """
+    run = options.run
+    if run.exists() and not run.is_dir():
+        raise ValueError(f"run is '{run}', a file: give another RUN=<folder>")
+    held = sorted(path.name for path in run.iterdir()) if run.exists() else []
+    if held and not _is_marker(run / MARKER):
+        raise ValueError(
+            f"run is '{run}': the folder holds {', '.join(held[:4])}{' ...' if held[4:] else ''}, which no demo wrote; "
+            "give another with RUN=<folder>, or move it away"
+        )
+    for path in (run / name for name in OUTPUTS):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    run.mkdir(parents=True, exist_ok=True)
+    marker = {"created_by": CREATED_BY, "data": options.source, "preset": options.preset, "task": options.task}
+    (run / MARKER).write_text(json.dumps(marker, indent=2) + "\n")
+
+
+def run_demo(options: DemoOptions) -> None:
+    """Run the jobs one after another and print the table."""
+    run = options.run
+    what = f"your data in {options.data}" if options.data else f"a generated catalog (seed {options.seed})"
+    print(f"mufasa_rec: {options.task} on {what}, preset {options.preset}, into {run}")
+    seconds = {"prepare": _run(options, prepare_job(options))}
+    with_content = has_content(run / "dataset")
+    for job in [*train_jobs(options, with_content), evaluate_job(options, with_content)]:
+        seconds[job.name] = _run(options, job)
+    print()
+    print(format_table(_read_json(run / "summary.json")))
+    print()
+    print(format_places(run, with_content))
+    print("seconds      " + " · ".join(f"{name} {value:.0f}" for name, value in seconds.items()), end="")
+    print(f" · together {sum(seconds.values()):.0f}")
+
+
+def prepare_job(options: DemoOptions) -> Job:
+    """Return the job that makes the data set."""
+    arguments = ["--input", options.source, "--output", str(options.run / "dataset")]
+    return Job(name="prepare", component="prepare", program_args=arguments)
+
+
+def train_jobs(options: DemoOptions, with_content: bool) -> list[Job]:
+    """Return the training of the model and, where there is content, of the same model without it."""
+    common = ["--preset", options.preset, "--data.dataset", str(options.run / "dataset")]
+    jobs = [Job(name="train", component="train", program_args=[*common, "--run", str(options.run / "model")])]
+    if with_content:
+        arguments = [*common, "--run", str(options.run / "model_without_content"), "--model.use_content", "False"]
+        jobs.append(Job(name="train without content", component="train", program_args=arguments))
+    return jobs
+
+
+def evaluate_job(options: DemoOptions, with_content: bool) -> Job:
+    """Return the job that ranks the catalog with every trained model and writes the report."""
+    arguments = ["--run", str(options.run / "model"), "--output", str(options.run)]
+    if with_content:
+        arguments += ["--compare", f"model_without_content={options.run / 'model_without_content'}"]
+    return Job(name="evaluate", component="evaluate", program_args=arguments)
+
+
+def has_content(dataset: Path) -> bool:
+    """Say whether a prepared data set holds content vectors."""
+    return bool(_read_json(dataset / "dataset.json").get("content"))
+
+
+def format_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Lay the rows of summary.json out as a table; a figure that does not exist is a dash."""
+    found = {row["row"]: row for row in rows}
+    users = next((row["users"] for row in rows if row.get("users")), 0)
+    lines = [f"{f'{users:,} users, full catalog':<28}" + "".join(f"{title:>12}" for title in COLUMNS.values())]
+    for name in [*(name for name in ROWS if name in found), *(name for name in found if name not in ROWS)]:
+        lines.append(f"{ROWS.get(name, name):<28}" + "".join(f"{_figure(found[name].get(key)):>12}" for key in COLUMNS))
+    lines.append("few events: HR@10 on targets with at most 5 training events; cold: HR@10 on targets with none")
+    return "\n".join(lines)
+
+
+def format_places(run: Path, with_content: bool) -> str:
+    """Say where things lie."""
+    models = [run / "model", *([run / "model_without_content"] if with_content else [])]
+    places = {
+        "run folder": str(run),
+        "TensorBoard": "tensorboard --logdir " + str(run) + f"   ({', '.join(str(m / 'tensorboard') for m in models)})",
+        "report": str(run / "report.html"),
+        "logs": str(run / "logs"),
+    }
+    return "\n".join(f"{name:<13}{place}" for name, place in places.items())
+
+
+def _run(options: DemoOptions, job: Job) -> float:
+    print(f"\n{job.name}", flush=True)
+    # A process has half of the cores; small models gain nothing beyond four.
+    threads = max(1, min(4, len(os.sched_getaffinity(0)) // 2))
+    seconds = run_job(job, options.run / "logs" / job.name.replace(" ", "_"), threads)
+    print(f"    ({seconds:.0f} s)", flush=True)
+    return seconds
+
+
+def _figure(value: float | None) -> str:
+    return "–" if value is None or value != value else f"{value:.4f}"
+
+
+def _is_marker(path: Path) -> bool:
+    try:
+        return json.loads(path.read_text()).get("created_by") == CREATED_BY
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise JobFailedError(f"'{path}' is missing though the job that writes it ended well: {error}") from error
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())
