@@ -158,7 +158,7 @@ def run_demo(options: DemoOptions) -> None:
     """Run the jobs one after another and print the table."""
     run = options.run
     what = f"your data in {options.data}" if options.data else f"a generated catalog (seed {options.seed})"
-    print(f"mufasa_rec: {options.task} on {what}, preset {options.preset}, into {run}")
+    print(f"mufasa_rec: {options.task} on {what}, preset {options.preset}, into {run}", flush=True)
     seconds = {"prepare": _run(options, prepare_job(options))}
     with_content = has_content(run / "dataset")
     for job in [*train_jobs(options, with_content), evaluate_job(options, with_content)]:

@@ -99,13 +99,15 @@ class Output:
         """Take one line as TorchX prints it."""
         found = RANK_LINE.match(line)
         if not found:
-            self.launcher_tail.append(line)
+            if line.strip():
+                self.launcher_tail.append(line)
             return
         error = ERROR_LINE.match(found["text"])
         if error:
             self.errors.setdefault(error["text"], f"rank {found['rank']}: {error['text']}")
         if found["rank"] == "0" and found["replica"] == "0":
-            self.tail.append(found["text"])
+            if found["text"].strip():
+                self.tail.append(found["text"])
             if not found["text"].startswith("[rank0]: "):
                 print(f"    {readable(found['text'])}".rstrip(), flush=True)
 
