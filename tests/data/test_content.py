@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -370,3 +372,15 @@ def test_open_maps_the_file_and_write_holds_one_chunk(tmp_path: Path) -> None:
     assert view[7].float().norm().item() == pytest.approx(1, abs=1e-2)
     view[0] = 0  # a private page: the file must not change
     store.verify()
+
+
+def test_example_of_the_docs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parents[2] / "docs/content.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    np.savez("title.npz", item_id=np.array([1, 2]), vector=np.eye(2, 4))
+    pq.write_table(pa.table({"id": [3], "vector": [[0.0, 1.0, 1.0, 0.0]]}), "title-of-new-items.parquet")
+    found: dict[str, Any] = {}
+    exec(text.split("```python")[1].split("```")[0], found)
+    assert found["rows"].tolist() == [2, 0, -1]
+    np.testing.assert_allclose(found["vectors"][0], [0, 0.7071, 0.7071, 0], atol=0.01)
+    assert found["shard"].shape == (1, 4)
