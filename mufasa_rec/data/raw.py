@@ -7,7 +7,6 @@ sorts, drops nor codes. Everything after that is the same for every source.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,24 +40,27 @@ class RawData:
         items: One row per item, or None. Columns: ``item``; optional ``title`` (string), ``available_from``,
             ``available_to`` (int64 milliseconds UTC); any other column is a categorical: string or integer, or a list
             of them (multi-valued).
-        vectors: Modality to a vector file, or to (ids int64 `[n]`, vectors float `[n, P]`).
+        vectors: Modality to a vector file (path or URL), or to (ids int64 `[n]`, vectors float `[n, P]`).
         absolute_times: Whether ``timestamp`` is real time; False when it only orders events.
         timezone: The zone that naive local times were read in.
         choices: Lines for the report: which source column was taken for what.
         ignored: Source columns that were not used, with the reason.
         dropped: Events that the importer already dropped, by reason.
         fingerprint: Hash of the source; a data set made from the same source may be replaced.
+        oracle: Of a generated source, what the true distribution says of each user's last event: ``user`` int64 `[u]`,
+            ``rank`` float64 `[u]`, ``top`` int64 `[u, k]` item ids.
         notes: Anything JSON that should be kept in ``report.json`` (a generator's parameters).
     """
 
     name: str
     events: pa.Table
     items: pa.Table | None = None
-    vectors: dict[str, Path | tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+    vectors: dict[str, str | tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
     absolute_times: bool = False
     timezone: str | None = None
     choices: list[str] = field(default_factory=list)
     ignored: dict[str, str] = field(default_factory=dict)
     dropped: dict[str, int] = field(default_factory=dict)
     fingerprint: str = ""
+    oracle: dict[str, np.ndarray] | None = None
     notes: dict[str, Any] = field(default_factory=dict)

@@ -70,7 +70,7 @@ class ContentRef:
     checksum: str
     coverage: dict[str, float] = field(
         default_factory=dict
-    )  # share WITH a vector: items, training_events, <split>.test_targets
+    )  # shares without a vector: missing_items, missing_training_events, missing_test_targets
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,179 @@
+"""Sharding a model: plan, fused optimizers, weights that do not depend on the number of ranks, and content read shard by shard."""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torchrec.distributed.embedding import EmbeddingCollectionSharder
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
+from torchrec.distributed.planner.types import ParameterConstraints
+from torchrec.distributed.types import ShardingPlan
+from torchrec.modules.embedding_modules import EmbeddingCollection
+from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
+from torchrec.optim.optimizers import SGD, Adagrad, Adam
+from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
+
+logger = logging.getLogger(__name__)
+_BLOCK = 1 << 16  # rows that share one random stream
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableOptimizerConfig:
+    """The optimizer that FBGEMM applies to the tables inside the backward.
+
+    Attributes:
+        name: ``row_wise_adagrad`` (one number of state per row), ``adagrad`` (one per weight), ``sgd``, or ``adam`` (GPU only).
+        learning_rate: Learning rate.
+        eps: Added to the root of the second moment.
+    """
+
+    name: Literal["row_wise_adagrad", "adagrad", "adam", "sgd"] = "row_wise_adagrad"
+    learning_rate: float = 0.02
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        if self.learning_rate <= 0:
+            raise ValueError(f"optimizer.tables.learning_rate={self.learning_rate}: choose above 0.")
+
+    def refuse_on(self, device: torch.device) -> None:
+        """Refuse an optimizer that the device's kernels do not have.
+
+        Raises:
+            ValueError: For Adam on a CPU.
+        """
+        if self.name == "adam" and device.type == "cpu":
+            raise ValueError(
+                "optimizer.tables.name='adam': FBGEMM has no fused Adam on a CPU; choose 'row_wise_adagrad' or 'adagrad', or "
+                "train on a GPU."
+            )
+
+
+def fuse_optimizer(collection: nn.Module, config: TableOptimizerConfig) -> None:
+    """Let the backward of `collection` update its tables."""
+    classes = {"row_wise_adagrad": RowWiseAdagrad, "adagrad": Adagrad, "adam": Adam, "sgd": SGD}
+    arguments: dict[str, Any] = {"lr": config.learning_rate}
+    if config.name != "sgd":
+        arguments["eps"] = config.eps
+    apply_optimizer_in_backward(classes[config.name], collection.parameters(), arguments)
+
+
+def freeze(collection: nn.Module) -> None:
+    """Give `collection` the one fused optimizer without state; its lookups run without gradient, so it never acts."""
+    apply_optimizer_in_backward(SGD, collection.parameters(), {"lr": 0.0})
+
+
+def make_plan(model: nn.Module, device: torch.device) -> ShardingPlan:
+    """Plan every table: row-wise with a fused kernel on a CPU, by TorchRec's planner's own search on a GPU.
+
+    Args:
+        model: The unsharded model, embedding collections on `meta` or on a device.
+        device: Device of this rank.
+
+    Returns:
+        The same plan on every rank.
+    """
+    tables = [
+        config.name
+        for module in model.modules()
+        if isinstance(module, EmbeddingCollection)
+        for config in module.embedding_configs()
+    ]
+    constraints = None
+    if device.type == "cpu":
+        row_wise = ParameterConstraints(sharding_types=["row_wise"], compute_kernels=["fused"])
+        constraints = dict.fromkeys(tables, row_wise)
+    topology = Topology(world_size=dist.get_world_size(), compute_device=device.type)
+    planner = EmbeddingShardingPlanner(topology=topology, constraints=constraints)
+    return planner.collective_plan(model, [EmbeddingCollectionSharder()], dist.group.WORLD)
+
+
+def shard(model: nn.Module, plan: ShardingPlan, device: torch.device) -> DistributedModelParallel:
+    """Shard the embedding collections by the plan and wrap the rest data-parallel."""
+    return DistributedModelParallel(
+        module=model, device=device, plan=plan, sharders=[EmbeddingCollectionSharder()], init_parameters=True
+    )
+
+
+def local_shards(model: nn.Module) -> dict[str, tuple[Tensor, int, int]]:
+    """This rank's part of every sharded table.
+
+    Returns:
+        Table name to (local weights `[rows, dim]`, first row, first column).
+    """
+    found: dict[str, tuple[Tensor, int, int]] = {}
+    for name, value in model.state_dict().items():
+        if not isinstance(value, ShardedTensor):
+            continue
+        for part in value.local_shards():
+            row, column = part.metadata.shard_offsets
+            found[name.removesuffix(".weight").rsplit(".", 1)[-1]] = (part.tensor, row, column)
+    return found
+
+
+@torch.no_grad()
+def initialise_tables(model: nn.Module, std: Mapping[str, float], seed: int) -> None:
+    """Draw the tables' initial weights from streams keyed by (seed, table, block of rows).
+
+    So the same row starts with the same weights on any number of ranks. Row 0 of a table, the row of unknown and rare values,
+    starts at zero: a value that was never trained should say nothing.
+
+    Args:
+        model: The sharded model.
+        std: Standard deviation of each table's weights; other tables are left alone.
+        seed: Seed of the run.
+
+    Raises:
+        ValueError: For a column-wise shard, whose rows are not whole.
+    """
+    for table, (weight, first, column) in local_shards(model).items():
+        if table not in std:
+            continue
+        if column:
+            raise ValueError(f"table {table}: column-wise shards cannot be initialised by rows; shard it by rows or tables.")
+        last = first + len(weight)
+        for block in range(first // _BLOCK, -(-last // _BLOCK)):
+            stream = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{table}/{block}".encode()))
+            start, stop = max(block * _BLOCK, first), min((block + 1) * _BLOCK, last)
+            drawn = torch.randn(stop - block * _BLOCK, weight.shape[1], generator=stream) * std[table]
+            weight[start - first : stop - first] = drawn[start - block * _BLOCK :].to(weight)
+        if first == 0 and len(weight):
+            weight[0] = 0.0
+
+
+@torch.no_grad()
+def load_rows(model: nn.Module, readers: Mapping[str, Callable[[int, int], Tensor]], chunk_rows: int = _BLOCK) -> None:
+    """Fill tables from stores, each rank reading only the rows of its own shard.
+
+    Args:
+        model: The sharded model.
+        readers: Table to a function that returns its rows `start` to `stop`, `[stop - start, width]` with a width of at most the
+            table's.
+        chunk_rows: Rows read at once.
+    """
+    for table, (weight, first, _) in local_shards(model).items():
+        if table not in readers:
+            continue
+        for start in range(0, len(weight), chunk_rows):
+            stop = min(start + chunk_rows, len(weight))
+            rows = readers[table](first + start, first + stop)
+            weight[start : start + len(rows), : rows.shape[1]] = rows.to(weight)
+        logger.info("table %s: rows %d to %d read from its store", table, first, first + len(weight))
+
+
+def describe(plan: ShardingPlan) -> str:
+    """A plan as lines of text: table, sharding type, kernel, ranks."""
+    lines = []
+    for path, module in plan.plan.items():
+        for table, parameter in module.items():  # type: ignore[attr-defined]
+            ranks = sorted(set(parameter.ranks or []))
+            lines.append(f"{path}.{table}: {parameter.sharding_type}, {parameter.compute_kernel}, ranks {ranks}")
+    return "\n".join(lines)

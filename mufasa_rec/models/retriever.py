@@ -1,0 +1,166 @@
+"""The sequence retriever: histories to user vectors, items to item vectors, in one space.
+
+    batch.features -> SparseArch (sharded lookups) -> RetrieverArch (data-parallel): item tower, extractor, objective
+
+`RetrieverArch` has no sharded descendant, so TorchRec's pipeline treats it as a leaf and it may use ordinary control flow.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchrec.sparse.jagged_tensor import JaggedTensor
+
+from mufasa_rec.data.batch import Batch
+from mufasa_rec.modules.full_attention import FullAttentionConfig
+from mufasa_rec.modules.history import History, InterestExtractor
+from mufasa_rec.modules.item_tower import Items, ItemTower
+from mufasa_rec.modules.next_item import NextItemConfig, NextItemObjective, Questions
+from mufasa_rec.modules.sparse_arch import SparseArch, merge
+
+FUSED = "fused"  # the one content "modality" that the retriever hands to its extractor: the item's fused content
+
+
+@dataclass(frozen=True)
+class RetrieverOutput:
+    """What a forward gives beside the loss.
+
+    Attributes:
+        user_vectors: Unit vector of each row's user, `[B, E]`; empty in training.
+        item_vectors: Unit vectors of the batch's items, `[U, E]`; empty in training.
+        loss_sum: Sum of this rank's target losses, detached; 0 in evaluation.
+        num_places: Places that the events took with their padding.
+    """
+
+    user_vectors: Tensor
+    item_vectors: Tensor
+    loss_sum: Tensor
+    num_places: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrieverConfig:
+    """The retriever.
+
+    Attributes:
+        width: Width `E` of embeddings, states and vectors.
+        use_id: Whether item ids are used; False is the pure-content variant.
+        use_content: Whether content vectors are used.
+        use_categoricals: Whether item and event categoricals are used.
+        id_dropout: Probability of dropping an item's id embedding from its vector in training.
+        num_gap_buckets: Buckets of the time gap between events (base-2 seconds); only where the data has absolute times.
+        extractor: The interest extractor.
+        objective: The next-item objective.
+    """
+
+    width: int = 64
+    use_id: bool = True
+    use_content: bool = True
+    use_categoricals: bool = True
+    id_dropout: float = 0.1
+    num_gap_buckets: int = 24
+    extractor: FullAttentionConfig = field(default_factory=FullAttentionConfig)
+    objective: NextItemConfig = field(default_factory=NextItemConfig)
+
+    def __post_init__(self) -> None:
+        if self.width < 4 or self.width % 4:
+            raise ValueError(f"model.width={self.width}: choose a positive multiple of 4, as FBGEMM's tables want.")
+        if not 0.0 <= self.id_dropout < 1.0:
+            raise ValueError(f"model.id_dropout={self.id_dropout}: choose at least 0 and below 1.")
+
+
+class RetrieverArch(nn.Module):
+    """The data-parallel part.
+
+    Args:
+        tower: Embeds items.
+        extractor: Reads histories.
+        objective: Turns states and candidates into a loss.
+        max_history: Longest history of a row.
+        event_categoricals: Event categoricals, whose embeddings are added to the events.
+    """
+
+    def __init__(
+        self,
+        tower: ItemTower,
+        extractor: InterestExtractor,
+        objective: NextItemObjective,
+        *,
+        max_history: int,
+        event_categoricals: tuple[str, ...] = (),
+    ) -> None:
+        super().__init__()
+        self.tower, self.extractor, self.objective = tower, extractor, objective
+        self.max_history, self.event_categoricals = max_history, event_categoricals
+
+    def forward(self, looked_up: list[dict[str, JaggedTensor]], batch: Batch) -> tuple[Tensor, RetrieverOutput]:
+        """Return the loss (a zero in evaluation) and the output."""
+        values = merge(looked_up)
+        widths = {} if self.tower.content is None else self.tower.content.widths
+        for name, width in widths.items():
+            values[f"content.{name}"] = values[f"content.{name}"][:, :width].float()
+        items = self.tower(values["item"].float(), values, batch.present, batch.category_lengths)
+        history = self._history(items, values, batch)
+        if not self.training:
+            users = F.normalize(self.extractor(history).float(), dim=-1)
+            nothing = users.new_zeros(())
+            return nothing, RetrieverOutput(users, items.vectors.float(), nothing, self.extractor.num_places)
+        states = self.extractor.encode(history)
+        loss, total = self.objective(_questions(states, items, batch))
+        empty = states.new_zeros(0, states.shape[1])
+        return loss, RetrieverOutput(empty, empty, total, self.extractor.num_places)
+
+    def _history(self, items: Items, values: dict[str, Tensor], batch: Batch) -> History:
+        embedded = items.embedded.index_select(0, batch.event_item)
+        for name in self.event_categoricals:
+            embedded = embedded + values[f"event.{name}"]
+        content = {}
+        present = {}
+        if self.tower.content is not None:
+            content[FUSED] = items.content.index_select(0, batch.event_item)
+            present[FUSED] = items.has_content.index_select(0, batch.event_item)
+        return History(
+            embedded=embedded,
+            offsets=batch.offsets,
+            start_position=batch.start_position,
+            timestamps_ms=batch.timestamps_ms,
+            actions=batch.actions,
+            content=content,
+            present=present,
+            max_length=self.max_history,
+        )
+
+
+def _questions(states: Tensor, items: Items, batch: Batch) -> Questions:
+    """The events that have a target, and the candidates."""
+    asked = torch.nonzero_static(batch.target_weight, size=batch.num_targets).squeeze(1)
+    target = batch.next_item.index_select(0, asked)
+    return Questions(
+        states=states.index_select(0, asked),
+        positive=items.vectors.index_select(0, target),
+        target_row=batch.item_row.index_select(0, target),
+        weight=batch.target_weight.index_select(0, asked),
+        candidates=items.vectors.index_select(0, batch.candidate_item),
+        candidate_row=batch.item_row.index_select(0, batch.candidate_item),
+        candidate_bias=batch.candidate_bias,
+    )
+
+
+class Retriever(nn.Module):
+    """Sharded lookups, then everything else.
+
+    Args:
+        sparse: The lookups.
+        dense: The data-parallel part.
+    """
+
+    def __init__(self, sparse: SparseArch, dense: RetrieverArch) -> None:
+        super().__init__()
+        self.sparse, self.dense = sparse, dense
+
+    def forward(self, batch: Batch) -> tuple[Tensor, RetrieverOutput]:
+        """Return the loss and the output of a batch."""
+        return self.dense(self.sparse(batch.features), batch)

@@ -1,0 +1,1 @@
+"""Building blocks of models; they know no rank and no data set."""

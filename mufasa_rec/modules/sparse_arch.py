@@ -1,0 +1,128 @@
+"""The sharded part: embedding tables for ids and categoricals, and the frozen content vectors, looked up in one forward.
+
+This is the only module with sharded descendants. Everything in its `forward` is traced by TorchRec's pipeline: it hands the batch's
+finished KeyedJaggedTensor to each collection, as it is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torchrec.modules.embedding_configs import DataType, EmbeddingConfig
+from torchrec.modules.embedding_modules import EmbeddingCollection
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
+
+CONTENT = "content"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableConfig:
+    """A trained embedding table.
+
+    Attributes:
+        name: Name of the feature, and of the table with `t_` before it (dots become underscores).
+        num_embeddings: Rows.
+    """
+
+    name: str
+    num_embeddings: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContentTableConfig:
+    """A frozen table of content vectors.
+
+    Attributes:
+        modality: Name of the modality; the feature is `content.<modality>`.
+        num_embeddings: Vectors in the store.
+        width: Width of a vector; the table is padded to a multiple of 4, as FBGEMM wants.
+    """
+
+    modality: str
+    num_embeddings: int
+    width: int
+
+    @property
+    def padded_width(self) -> int:
+        """Width of the table."""
+        return -(-self.width // 4) * 4
+
+
+class SparseArch(nn.Module):
+    """All lookups of a batch.
+
+    Args:
+        tables: Trained tables, all of width `dim`.
+        dim: Width of the trained tables.
+        contents: Frozen content tables.
+        device: Where to make the weights; ``meta`` leaves it to the sharding.
+
+    Example:
+        >>> arch = SparseArch([TableConfig(name="item", num_embeddings=10)], 8, [], torch.device("cpu"))
+        >>> kjt = KeyedJaggedTensor(keys=["item"], values=torch.tensor([3, 7]), lengths=torch.tensor([2]), stride=1)
+        >>> merge(arch(kjt))["item"].shape
+        torch.Size([2, 8])
+    """
+
+    def __init__(
+        self, tables: Sequence[TableConfig], dim: int, contents: Sequence[ContentTableConfig], device: torch.device
+    ) -> None:
+        super().__init__()
+        self.widths = {content.modality: content.width for content in contents}
+        self.ids = EmbeddingCollection(tables=[_trained(table, dim) for table in tables], device=device)
+        groups: dict[int, list[EmbeddingConfig]] = {}
+        for content in contents:  # one collection holds tables of one width only
+            groups.setdefault(content.padded_width, []).append(_frozen(content))
+        self.content = nn.ModuleDict(
+            {f"width_{width}": EmbeddingCollection(tables=group, device=device) for width, group in groups.items()}
+        )
+
+    def forward(self, features: KeyedJaggedTensor) -> list[dict[str, JaggedTensor]]:
+        """Look up every feature; returns one dict per collection, feature to JaggedTensor, content ones without gradient.
+
+        The dicts are left apart because under TorchRec's tracer they are promises that cannot be looked into; `merge` joins
+        them where the tracer does not look.
+        """
+        looked_up = [self.ids(features)]
+        with torch.no_grad():
+            for collection in self.content.values():
+                looked_up.append(collection(features))
+        return looked_up
+
+
+def merge(looked_up: Sequence[dict[str, JaggedTensor]]) -> dict[str, Tensor]:
+    """Join the dicts of `SparseArch.forward` into feature to values, `[number of ids, dim]`."""
+    return {name: jagged.values() for found in looked_up for name, jagged in found.items()}
+
+
+def table_name(feature: str) -> str:
+    """Name of a feature's table: parameter names may not hold a dot."""
+    return "t_" + feature.replace(".", "_")
+
+
+def _trained(table: TableConfig, dim: int) -> EmbeddingConfig:
+    def init(weight: Tensor) -> Tensor:
+        return nn.init.normal_(weight, std=1.0 / math.sqrt(dim))
+
+    return EmbeddingConfig(
+        name=table_name(table.name),
+        feature_names=[table.name],
+        num_embeddings=table.num_embeddings,
+        embedding_dim=dim,
+        init_fn=init,
+    )
+
+
+def _frozen(content: ContentTableConfig) -> EmbeddingConfig:
+    return EmbeddingConfig(
+        name=table_name(f"{CONTENT}.{content.modality}"),
+        feature_names=[f"{CONTENT}.{content.modality}"],
+        num_embeddings=max(content.num_embeddings, 1),
+        embedding_dim=content.padded_width,
+        data_type=DataType.FP16,
+        init_fn=nn.init.zeros_,
+    )
