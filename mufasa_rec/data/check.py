@@ -1,4 +1,4 @@
-"""Verifies a data set against the table contract, whoever wrote it: every problem found, with its file and what to do about it.
+"""Verifies a data set against the table contract, whoever wrote it: every problem with its file and the remedy.
 
 Bytes are read once, row group by row group; nothing is written.
 """
@@ -167,7 +167,7 @@ def _check_split(
     _check_counts(check, split, items)
 
 
-def _check_part(  # noqa: PLR0913  the parts of one walk over a split
+def _check_part(
     check: _Check,
     manifest: DatasetManifest,
     split: SplitManifest,

@@ -1,4 +1,4 @@
-"""Raw data to a data set that trains: items, events, content, splits, manifest and report, written beside and then renamed.
+"""Raw data to a data set that trains: items, events, content, splits, manifest, report; written aside, then renamed.
 
 Rank 0 reads the source and writes items and events; the content modalities are dealt over all ranks. The finished
 folder takes its name at the very end, so that nobody ever sees half a data set and an error leaves what was there as
