@@ -1,4 +1,4 @@
-"""The report of ``prepare`` as a page of text: what came in, what was taken for what, what was dropped, what is there.
+"""The report of ``prepare`` as a page: what came in, what was taken for what, what was dropped, what came out."""
 
 from __future__ import annotations
 
