@@ -18,6 +18,7 @@ from mufasa_rec.data import paths
 from mufasa_rec.data.check import check_dataset
 from mufasa_rec.data.prepare import PrepareConfig, prepare
 from mufasa_rec.data.prepare_report import REPORT_TEXT
+from mufasa_rec.data.ranks import PeerError
 from mufasa_rec.distributed.env import init_distributed, shutdown
 
 logger = logging.getLogger("prepare")
@@ -30,7 +31,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if "--check" in args:
         _check(args)
         return
-    config = tyro.cli(PrepareConfig, args=args, prog="prepare", description=__doc__)
+    try:
+        # Nested dataclasses are made while the flags are read, so what they refuse comes from here too.
+        _prepare(tyro.cli(PrepareConfig, args=args, prog="prepare", description=__doc__))
+    except (ValueError, OSError, PeerError) as error:
+        raise SystemExit(f"prepare: {error}") from error
+
+
+def _prepare(config: PrepareConfig) -> None:
     env = init_distributed()
     try:
         prepare(config)

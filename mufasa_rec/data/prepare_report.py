@@ -22,8 +22,8 @@ def report_text(manifest: DatasetManifest, report: dict[str, Any]) -> str:
     """
     sections = [
         _head(manifest, report),
-        _section("Columns", report["choices"]),
-        _section("Not used", [f"{name}: {reason}" for name, reason in report["ignored"].items()]),
+        _section("Read", _by_file(report["choices"])),
+        _section("Not used", _not_used(report["ignored"])),
         _section("Dropped", _dropped(report)),
         _section("Splits", _splits(report)),
         _section("Content vectors", _content(manifest)),
@@ -78,8 +78,24 @@ def _times(manifest: DatasetManifest) -> str:
 
 def _repeats(manifest: DatasetManifest) -> str:
     share = manifest.repeat_share
-    masking = "items the user had before are masked" if manifest.mask_seen_default else "items the user had before stay"
-    return f"{share:.2%} of targets are items that the user had before; {masking} in evaluation by default"
+    masking = "masks them" if manifest.mask_seen_default else "does not mask them"
+    return f"{share:.2%} of targets are items the user had before; evaluation {masking} by default"
+
+
+def _by_file(lines: Iterable[str]) -> list[str]:
+    """Lines ``file: what`` as one line per file."""
+    files: dict[str, list[str]] = {}
+    for line in lines:
+        file, colon, what = line.partition(": ")
+        files.setdefault(file, []).append(what if colon else "")
+    return [f"{file:<22} {', '.join(what)}".rstrip() for file, what in files.items()]
+
+
+def _not_used(ignored: dict[str, str]) -> list[str]:
+    lines = _by_file(name if ": " in name else f"{name}: {reason}" for name, reason in ignored.items())
+    columns = any(": " in name for name in ignored)
+    hint = "(columns can be named: --columns.event-categoricals, --columns.item-categoricals, --columns.label, ...)"
+    return [*lines, *([hint] if columns else [])]
 
 
 def _dropped(report: dict[str, Any]) -> list[str]:
@@ -94,11 +110,12 @@ def _splits(report: dict[str, Any]) -> list[str]:
             what: datetime.fromtimestamp(ms / 1000, timezone.utc).strftime("%Y-%m-%d %H:%M")
             for what, ms in split["borders"].items()
         }
-        at = f"; {', '.join(f'{what} from {when} UTC' for what, when in borders.items())}" if borders else ""
         lines.append(
             f"{name:<14} train {parts['train']['targets']:,} targets in {parts['train']['rows']:,} rows, validation "
-            f"{parts['validation']['rows']:,} users, test {parts['test']['rows']:,} users{at}  [{split['hash'][:8]}]"
+            f"{parts['validation']['rows']:,} users, test {parts['test']['rows']:,} users  [{split['hash'][:8]}]"
         )
+        if borders:
+            lines.append(f"{'':<14} {', '.join(f'{what} from {when} UTC' for what, when in borders.items())}")
     return lines + [f"{name:<14} not made: {reason}" for name, reason in report["splits_not_made"].items()]
 
 

@@ -14,6 +14,10 @@ import torch.distributed as dist
 T = TypeVar("T")
 
 
+class PeerError(RuntimeError):
+    """Another rank failed; its own message is the one that matters."""
+
+
 class Ranks:
     """This process and its peers; a world of one needs no process group."""
 
@@ -27,7 +31,7 @@ class Ranks:
 
         Raises:
             Exception: The rank's own error, unchanged.
-            RuntimeError: Another rank failed; says which and how.
+            PeerError: Another rank failed; says which and how.
         """
         if self.size == 1:
             return [work()]
@@ -43,7 +47,7 @@ class Ranks:
             raise error
         for rank, (message, _) in enumerate(everybody):
             if message is not None:
-                raise RuntimeError(f"rank {rank} failed, so this rank stops too: {message}")
+                raise PeerError(f"rank {rank} failed, so this rank stops too: {message}")
         return [result for _, result in everybody]
 
     def first(self, work: Callable[[], T]) -> T:

@@ -109,7 +109,7 @@ class Resolution:
     def take(self, role: str, column: str, how: str) -> None:
         """Uses ``column`` for ``role`` and says so."""
         self.columns[role] = column
-        self.choices.append(f"{self.where}: {role} <- {column} ({how})")
+        self.choices.append(f"{self.where}: {role} is {column!r} ({how})")
 
 
 def _plain(name: str) -> str:
@@ -164,7 +164,7 @@ def resolve_events(config: ColumnsConfig, present: Sequence[str], where: str) ->
     found.categoricals = list(config.event_categoricals or ())
     require_columns(where, present, found.categoricals, "event_categoricals")
     used = {*found.columns.values(), *found.categoricals}
-    found.ignored = {name: "not asked for (--columns.event-categoricals)" for name in present if name not in used}
+    found.ignored = {name: "not asked for" for name in present if name not in used}
     return found
 
 
@@ -185,7 +185,7 @@ def resolve_items(config: ColumnsConfig, present: Sequence[str], lists: Sequence
         found.categoricals = list(config.item_categoricals)
     else:
         found.categoricals = [name for name in free if _plain(name) in _ITEM_CATEGORICALS or name in lists]
-    found.choices += [f"{where}: categorical {name}" for name in found.categoricals]
+    found.choices += [f"{where}: {name!r} is a categorical" for name in found.categoricals]
     used = {*found.columns.values(), *found.categoricals}
-    found.ignored = {name: "not asked for (--columns.item-categoricals)" for name in present if name not in used}
+    found.ignored = {name: "not asked for" for name in present if name not in used}
     return found

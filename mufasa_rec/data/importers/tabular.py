@@ -65,7 +65,10 @@ def read_files(name: str, files: SourceFiles, columns: ColumnsConfig) -> RawData
         vectors=dict(files.vectors),
         absolute_times=raw.TIMESTAMP in events.column_names,
         timezone=columns.timezone,
-        choices=[*choices, *(f"vectors: {key} <- {PurePosixPath(url).name}" for key, url in files.vectors.items())],
+        choices=[
+            *choices,
+            *(f"{PurePosixPath(url).name}: vectors of modality {key!r}" for key, url in files.vectors.items()),
+        ],
         ignored=ignored,
         dropped=dropped,
         fingerprint=fingerprint(files.all_files()),
