@@ -186,13 +186,13 @@ def _checked_numbers(name: str, values: np.ndarray) -> np.ndarray:
         wrong = values[(values != 0) & (values != 1)]
         if wrong.size:
             raise ValueError(
-                f"events: label is {wrong[0]!r} in {wrong.size:,} of {values.size:,} events, must be 0 or 1; "
+                f"events: label is {wrong[0]} in {wrong.size:,} of {values.size:,} events, must be 0 or 1; "
                 "make it one with --columns.label-at-least (4 for ratings), or name another column"
             )
     elif not (values >= 0).all() or not np.isfinite(values).all():
         wrong = values[~(values >= 0) | ~np.isfinite(values)]
         raise ValueError(
-            f"events: weight is {wrong[0]!r} in {wrong.size:,} events, must be a number of at least 0; correct it"
+            f"events: weight is {wrong[0]} in {wrong.size:,} events, must be a number of at least 0; correct it"
         )
     return values.astype(np.float32)
 

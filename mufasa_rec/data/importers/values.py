@@ -21,7 +21,7 @@ _EXACT = 2**53  # floats hold integers exactly up to here
 _YEAR_1980_MS = 315_532_800_000
 _YEAR_2200_MS = 7_258_118_400_000
 _UNITS_PER_S = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
-_ZONE = re.compile(r"(Z|[+-]\d\d(:?\d\d)?)$")
+_ZONE = re.compile(r"[T ]\d.*(?:Z|[+-]\d\d(?::?\d\d)?)$")
 
 
 def flat(column: pa.Array | pa.ChunkedArray) -> pa.Array:
@@ -69,7 +69,7 @@ def id_column(column: pa.Array | pa.ChunkedArray, where: str) -> pa.Array:
         wrong = known[(known != np.floor(known)) | (np.abs(known) > _EXACT)]
         if wrong.size:
             raise ValueError(
-                f"{where}: {wrong.size} ids are no exact whole numbers (first: {wrong[0]!r}) or out of range; "
+                f"{where}: {wrong.size} ids are no exact whole numbers (first: {wrong[0].item()!r}) or out of range; "
                 "write ids as int64 or as text"
             )
         missing = np.isnan(values)
@@ -120,22 +120,24 @@ def time_column(
     elif pt.is_date(array.type) or pt.is_timestamp(array.type):
         array, how = array.cast(pa.timestamp("us", tz=getattr(array.type, "tz", None)), safe=False), "timestamps"
     else:
-        milliseconds, how = _numeric(number_column(array, where), unit)
-        return _plausible(milliseconds, where), how
+        return _numeric(array, where, unit)
     if array.type.tz is None:
         array, how = _localise(array, where, timezone), f"{how}, local to {timezone}"
     return _plausible(array.cast(pa.int64()).to_numpy(zero_copy_only=False), where, 1000), how
 
 
-def _numeric(array: pa.Array, unit: str) -> tuple[np.ndarray, str]:
-    values = array.to_numpy(zero_copy_only=False)
+def _numeric(array: pa.Array, where: str, unit: str) -> tuple[pa.Array, str]:
+    if not pt.is_integer(array.type):
+        array = number_column(array, where)
+    values = array.to_numpy(zero_copy_only=False)  # floats when there are nulls: then NaN
+    how = f"numbers in {unit}"
     if unit in ("auto", "iso"):
-        largest = np.nanmax(np.abs(values))
+        largest = np.nanmax(np.abs(values.astype(np.float64)))
         unit = "s" if largest < 1e11 else "ms" if largest < 1e14 else "us" if largest < 1e17 else "ns"
         how = f"numbers, taken for {unit} by their size"
-    else:
-        how = f"numbers in {unit}"
-    return values * (1000 / _UNITS_PER_S[unit]), how
+    if unit == "s":
+        return _plausible(values * 1000, where), how
+    return _plausible(values, where, _UNITS_PER_S[unit] // 1000), how
 
 
 def _plausible(values: np.ndarray, where: str, divisor: int = 1) -> pa.Array:
@@ -158,7 +160,7 @@ def _plausible(values: np.ndarray, where: str, divisor: int = 1) -> pa.Array:
 def _parse_text(array: pa.Array, where: str, timezone: str | None) -> pa.Array:
     text = pd.Series(array.to_pandas())
     known = text[text.notna() & (text != "")]
-    zoned = known.str.contains(_ZONE) & known.str.contains(r"[T ]\d", regex=True)
+    zoned = known.str.contains(_ZONE)
     if zoned.any() and not zoned.all():
         raise ValueError(
             f"{where}: {int((~zoned).sum())} of {len(known)} times have no zone, the others have; write all in one way"
