@@ -13,7 +13,7 @@ import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from mufasa_rec.data.batch import ITEM, Batch
-from mufasa_rec.data.catalog import Catalog
+from mufasa_rec.data.item_lookup import ItemLookup
 from mufasa_rec.data.parquet import RowGroup
 
 _NOT_CATEGORICAL = {"item", "timestamp", "action", "weight", "label"}
@@ -92,7 +92,7 @@ def distinct(rows: np.ndarray, num_items: int) -> tuple[np.ndarray, np.ndarray]:
     return found, place[rows]
 
 
-def item_features(catalog: Catalog, rows: np.ndarray) -> tuple[dict[str, np.ndarray], dict, dict]:
+def item_features(catalog: ItemLookup, rows: np.ndarray) -> tuple[dict[str, np.ndarray], dict, dict]:
     """Lookups of the items `rows [U]`: ids by feature, presence by modality, value counts by multi-valued categorical."""
     ids = {ITEM: catalog.keys[rows]}
     counts: dict[str, torch.Tensor] = {}
@@ -121,7 +121,7 @@ def keyed_jagged(ids: dict[str, np.ndarray]) -> KeyedJaggedTensor:
 
 def collate(
     windows: Windows,
-    catalog: Catalog,
+    catalog: ItemLookup,
     candidate_rows: np.ndarray,
     candidate_bias: np.ndarray,
     *,
@@ -215,7 +215,7 @@ def _taken(windows: Windows, column: str, index: np.ndarray) -> torch.Tensor | N
     return None if values is None else torch.from_numpy(values[index].astype(np.int64, copy=False))
 
 
-def _seen(catalog: Catalog, seen: Windows | None, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
+def _seen(catalog: ItemLookup, seen: Windows | None, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
     """Item rows of all events before each row's target, and their offsets."""
     if seen is None:
         return np.zeros(0, np.int64), np.zeros(num_rows + 1, np.int64)

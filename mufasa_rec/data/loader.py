@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mufasa_rec.data.batch import Batch
-from mufasa_rec.data.catalog import Catalog
+from mufasa_rec.data.item_lookup import ItemLookup
 from mufasa_rec.data.collate import Windows, collate, cut_windows, ragged_arange
 from mufasa_rec.data.negatives import NegativesConfig, NegativeSampler
 from mufasa_rec.data.order import EpochOrder, plan_epoch, readers_of
@@ -94,7 +94,7 @@ class Loader:
     def __init__(
         self,
         groups: list[RowGroupRef],
-        catalog: Catalog,
+        catalog: ItemLookup,
         config: DataConfig,
         *,
         columns: tuple[str, ...] = (),

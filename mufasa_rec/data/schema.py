@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mufasa_rec.data import paths
-from mufasa_rec.data.manifest_json import from_json, load_json, save_json
+from mufasa_rec.data.manifest_json import from_json, json_schema, load_json, save_json
 
 FORMAT_VERSION = 1
 DATASET_FILE = "dataset.json"
@@ -173,3 +173,11 @@ class DatasetManifest:
     def event_categoricals(self) -> dict[str, Feature]:
         """Categorical features of events, by name."""
         return {name: f for name, f in self.features.items() if f.level == "event" and f.kind == "categorical"}
+
+
+def published_schemas() -> dict[str, dict[str, Any]]:
+    """The JSON schemas that are published beside this file, by file name."""
+    return {
+        "dataset.schema.json": json_schema(DatasetManifest, "dataset.json of a prepared data set"),
+        "split.schema.json": json_schema(SplitManifest, "split.json of a split"),
+    }

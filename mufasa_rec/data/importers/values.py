@@ -127,8 +127,7 @@ def time_column(
 
 
 def _numeric(array: pa.Array, where: str, unit: str) -> tuple[pa.Array, str]:
-    if not pt.is_integer(array.type):
-        array = number_column(array, where)
+    array = array.cast(pa.int64()) if pt.is_integer(array.type) else number_column(array, where)
     values = array.to_numpy(zero_copy_only=False)  # floats when there are nulls: then NaN
     how = f"numbers in {unit}"
     if unit in ("auto", "iso"):

@@ -1,0 +1,102 @@
+"""A run's configuration: the dataclasses that sit beside the code they configure, composed, saved and read back.
+
+What depends on the data (features, cardinalities, modalities, widths) is not here but in the data set's `dataset.json`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from typing import Any
+
+import dacite
+import yaml
+
+from mufasa_rec.data import paths
+from mufasa_rec.data.loader import DataConfig
+from mufasa_rec.models.retriever import RetrieverConfig
+from mufasa_rec.training.optim import OptimizerConfig
+from mufasa_rec.training.trainer import TrainerConfig
+
+CONFIG_FILE = "config.yaml"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything about a run that is not in its data set.
+
+    Attributes:
+        data: What is read, and in which batches.
+        model: The retriever.
+        optimizer: How weights are updated.
+        trainer: How long, and with what care.
+        mask_seen: Whether evaluation masks items that a user has seen; None takes the data set's default (masked unless more than
+            1 % of targets are repeats).
+        seed: Seed of weights, data order, negatives and dropout.
+        threads: Torch threads of a process on a CPU.
+    """
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: RetrieverConfig = field(default_factory=RetrieverConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    mask_seen: bool | None = None
+    seed: int = 0
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        if self.threads < 1:
+            raise ValueError(f"threads={self.threads}: choose 1 or more.")
+
+
+def save_config(config: RunConfig, folder: paths.Location) -> None:
+    """Write `config.yaml` into a run folder."""
+    text = yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
+    with paths.atomic_write(paths.join(folder, CONFIG_FILE)) as path:
+        path.write_text(text)
+
+
+def load_config(file: paths.Location, base: RunConfig | None = None) -> RunConfig:
+    """Read a configuration; what the file leaves out is taken from `base`.
+
+    Args:
+        file: A YAML file of nested fields, or one that a run saved.
+        base: Defaults; those of `RunConfig` when None.
+
+    Raises:
+        ValueError: For an unknown field (with the nearest known one), a wrong type or a refused value; names the file.
+    """
+    with paths.open_file(file, "rb") as handle:
+        given = yaml.safe_load(handle) or {}
+    if not isinstance(given, dict):
+        raise ValueError(f"{file}: holds {type(given).__name__}, not fields; write lines such as `data: {{batch_size: 256}}`.")
+    merged = _merged(_plain(dataclasses.asdict(base or RunConfig())), given, str(file), "")
+    try:
+        return dacite.from_dict(RunConfig, merged, dacite.Config(strict=True, cast=[tuple, float]))
+    except (dacite.DaciteError, ValueError) as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def _merged(base: dict[str, Any], given: dict[str, Any], file: str, prefix: str) -> dict[str, Any]:
+    """`base` with the fields of `given` in place of its own."""
+    result = dict(base)
+    for name, value in given.items():
+        if name not in base:
+            near = difflib.get_close_matches(str(name), base, n=1)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known fields: {', '.join(base)}."
+            raise ValueError(f"{file}: {prefix}{name} is not a field; {hint}")
+        nested = isinstance(base[name], dict)
+        if nested and not isinstance(value, dict):
+            raise ValueError(f"{file}: {prefix}{name}={value!r} must be a group of fields: {', '.join(base[name])}.")
+        result[name] = _merged(base[name], value, file, f"{prefix}{name}.") if nested else value
+    return result
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, all the way down: what YAML knows."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,201 @@
+"""Everything about items that a batch needs, resolved to item-store rows once: embedding keys, content rows, availability.
+
+Training rows keep raw ids. Here is the one place where a raw id becomes an item row, and an item row an embedding key.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from mufasa_rec.data import paths
+from mufasa_rec.data.content import ContentStore
+from mufasa_rec.data.items import ALWAYS_FROM, ItemStore
+from mufasa_rec.data.schema import DatasetManifest, SplitManifest, SplitRef
+
+VOCABULARY_FILE = "vocabulary.safetensors"
+_DIRECT_TABLE_LIMIT = 1 << 26  # ids up to here are looked up in a table of at most 512 MB instead of by binary search
+
+
+@dataclass(frozen=True)
+class ItemVocabulary:
+    """Embedding key of each item: key 0 is shared by all items that are too rare for a row of their own.
+
+    Attributes:
+        ids: Raw ids that have a key of their own, ascending, `[k]` int64.
+        split: Split whose training events were counted, as `<id>@<hash>`.
+        min_count: Training events that an item needs.
+    """
+
+    ids: np.ndarray
+    split: str
+    min_count: int
+
+    @property
+    def size(self) -> int:
+        """Rows of the embedding table, the shared row included."""
+        return len(self.ids) + 1
+
+    def keys_of(self, ids: np.ndarray) -> np.ndarray:
+        """Embedding keys `[n]` of raw ids `[n]`; 0 for ids without one.
+
+        Example:
+            >>> ItemVocabulary(np.array([3, 7]), "loo@0", 5).keys_of(np.array([7, 4, 3])).tolist()
+            [2, 0, 1]
+        """
+        if not len(self.ids):
+            return np.zeros(len(ids), dtype=np.int64)
+        place = np.minimum(np.searchsorted(self.ids, ids), len(self.ids) - 1)
+        return np.where(self.ids[place] == ids, place + 1, 0)
+
+    def save(self, folder: paths.Location) -> None:
+        """Write `vocabulary.safetensors` into a run folder."""
+        metadata = {"format_version": "1", "split": self.split, "min_count": str(self.min_count)}
+        with paths.atomic_write(paths.join(folder, VOCABULARY_FILE)) as path:
+            save_file({"id": np.ascontiguousarray(self.ids)}, path, metadata=metadata)
+
+    @classmethod
+    def load(cls, folder: paths.Location) -> ItemVocabulary:
+        """Read the vocabulary of a run folder."""
+        tensors, metadata = _load(paths.join(folder, VOCABULARY_FILE))
+        return cls(tensors["id"], metadata["split"], int(metadata["min_count"]))
+
+
+class ItemLookup:
+    """Items of a data set as a run sees them.
+
+    Args:
+        dataset: Folder or URL of the data set.
+        manifest: Its `dataset.json`.
+        split: The split whose training events count.
+        modalities: Content modalities to use; all when None.
+        min_count: Training events that an item needs for an embedding of its own; ignored with a vocabulary.
+        vocabulary: The vocabulary of an existing run; None makes one from the split's counts.
+
+    Raises:
+        ValueError: For an unknown modality, or counts or a vocabulary that belong to another split.
+    """
+
+    def __init__(
+        self,
+        dataset: paths.Location,
+        manifest: DatasetManifest,
+        split: SplitManifest,
+        *,
+        modalities: tuple[str, ...] | None = None,
+        min_count: int = 1,
+        vocabulary: ItemVocabulary | None = None,
+    ) -> None:
+        self.items = ItemStore.open(dataset, manifest.items.generation)
+        self.split = f"{split.id}@{split.hash}"
+        self.counts = _read_counts(dataset, split, len(self.items))
+        ids = np.asarray(self.items.ids)
+        if vocabulary is None:
+            vocabulary = ItemVocabulary(ids[self.counts >= max(min_count, 1)], self.split, min_count)
+        elif vocabulary.split != self.split:
+            raise ValueError(
+                f"vocabulary: made from split {vocabulary.split}, but this run uses {self.split}; "
+                "use the split that the run was trained on, or train again."
+            )
+        self.vocabulary = vocabulary
+        self.keys = vocabulary.keys_of(ids)
+        self.available = _available_in_training(self.items, self.counts, split)
+        self.stores = {name: _open_store(dataset, manifest, name) for name in _chosen(manifest, modalities)}
+        self.content_rows = {name: store.rows_of(ids) for name, store in self.stores.items()}
+        self._direct = _direct_table(ids)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def rows_of(self, ids: np.ndarray) -> np.ndarray:
+        """Item rows `[n]` of raw ids `[n]`.
+
+        Raises:
+            ValueError: When an id is not in the item store.
+        """
+        if self._direct is None:
+            rows = self.items.rows_of(ids)
+        else:
+            outside = (ids < 0) | (ids >= len(self._direct))
+            rows = self._direct[np.where(outside, 0, ids)]
+            if outside.any():
+                rows[outside] = -1
+        if len(rows) and rows.min() < 0:
+            bad = np.unique(ids[rows < 0])
+            raise ValueError(
+                f"item: {len(bad)} ids of the events are not in the item store (such as {bad[:3].tolist()}); "
+                "add them to the items and prepare again; `prepare --check` lists every such file."
+            )
+        return rows
+
+
+def split_of(manifest: DatasetManifest, dataset: paths.Location, name: str) -> tuple[SplitRef, SplitManifest]:
+    """A split's reference and manifest, refused when they do not belong together."""
+    ref = manifest.split(name)
+    split = SplitManifest.load(dataset, name)
+    if ref.hash != split.hash:
+        raise ValueError(
+            f"splits/{name}: dataset.json pins hash {ref.hash}, split.json says {split.hash}; prepare the data set again."
+        )
+    return ref, split
+
+
+def _load(file: paths.Location) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Tensors and metadata of a safetensors file."""
+    with safe_open(paths.local_copy(file), framework="numpy") as handle:
+        return {name: handle.get_tensor(name) for name in handle.keys()}, dict(handle.metadata() or {})
+
+
+def _read_counts(dataset: paths.Location, split: SplitManifest, num_items: int) -> np.ndarray:
+    """Training events of each item row, `[items]`, refused when counted on another split."""
+    file = paths.join(dataset, "splits", split.id, "item_counts.safetensors")
+    tensors, metadata = _load(file)
+    if metadata.get("split_hash") != split.hash:
+        raise ValueError(
+            f"{file}: counted on split {metadata.get('split')}@{metadata.get('hash')}, but the split here is "
+            f"{split.id}@{split.hash}; prepare the data set again."
+        )
+    if len(tensors["count"]) != num_items:
+        raise ValueError(f"{file}: {len(tensors['count'])} counts for {num_items} items; prepare the data set again.")
+    return tensors["count"]
+
+
+def _available_in_training(items: ItemStore, counts: np.ndarray, split: SplitManifest) -> np.ndarray:
+    """Which items could have been chosen in training, `[items]` bool: only these may serve as negatives.
+
+    With a known release date: released by the last training event. Without one, an item that nobody chose may not have
+    existed, and teaching the model that such items are never chosen would make cold items unreachable.
+    """
+    border = split.borders.get("train_end")
+    known = np.asarray(items.available_from) != ALWAYS_FROM
+    if border is None:
+        return counts > 0
+    return (counts > 0) | (known & (np.asarray(items.available_from) <= border))
+
+
+def _chosen(manifest: DatasetManifest, modalities: tuple[str, ...] | None) -> list[str]:
+    if modalities is None:
+        return sorted(manifest.content)
+    for name in modalities:
+        if name not in manifest.content:
+            raise ValueError(
+                f"data.modalities: {name!r} is not in data set {manifest.name!r}; there are {sorted(manifest.content)}."
+            )
+    return sorted(modalities)
+
+
+def _open_store(dataset: paths.Location, manifest: DatasetManifest, name: str) -> ContentStore:
+    ref = manifest.content[name]
+    return ContentStore.open(str(dataset), name, ref.generation, checksum=ref.checksum)
+
+
+def _direct_table(ids: np.ndarray) -> np.ndarray | None:
+    """Item row by raw id, -1 where there is none, when ids are small enough that a table beats a binary search."""
+    if not len(ids) or ids[0] < 0 or ids[-1] >= min(_DIRECT_TABLE_LIMIT, 64 * len(ids) + 1_000_000):
+        return None
+    table = np.full(int(ids[-1]) + 1, -1, dtype=np.int64)
+    table[ids] = np.arange(len(ids))
+    return table

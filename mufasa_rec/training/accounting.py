@@ -1,0 +1,90 @@
+"""What one interval of training did and where its time went, summed over ranks once per interval."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+class RankSum(Protocol):
+    """What accounting needs from the other ranks."""
+
+    world_size: int
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Return the sum over ranks."""
+        ...
+
+
+@dataclass
+class Waiting:
+    """Time spent waiting for batches, in seconds."""
+
+    seconds: float = 0.0
+
+    def timed(self, batches: Iterator[T]) -> Iterator[T]:
+        """Pass batches through and count how long each made the caller wait."""
+        while True:
+            begin = time.perf_counter()
+            batch = next(batches, None)
+            self.seconds += time.perf_counter() - begin
+            if batch is None:
+                return
+            yield batch
+
+
+class Interval:
+    """Sums of one logging interval. Losses stay on the device until the interval ends.
+
+    Args:
+        exchange: Reaches the other ranks.
+        waiting: Counts the wait for data.
+        device: Where sums are made.
+    """
+
+    def __init__(self, exchange: RankSum, waiting: Waiting, device: torch.device) -> None:
+        self.exchange, self.waiting, self.device = exchange, waiting, device
+        self._reset()
+
+    def _reset(self) -> None:
+        self.begin, self.steps = time.perf_counter(), 0
+        self.loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.targets = self.rows = self.events = self.places = 0
+        self.waiting.seconds = 0.0
+
+    def add(self, loss_sum: Tensor, targets: int, rows: int, events: int, places: int) -> None:
+        """Count one step of this rank."""
+        self.steps += 1
+        self.loss += loss_sum
+        self.targets += targets
+        self.rows += rows
+        self.events += events
+        self.places += places
+
+    def close(self) -> dict[str, float]:
+        """End the interval on all ranks together; returns its metrics and begins the next one."""
+        seconds = time.perf_counter() - self.begin
+        mine = [self.targets, self.rows, self.events, self.places, self.waiting.seconds, self.events**2]
+        sums = torch.cat([self.loss[None], torch.tensor(mine, dtype=torch.float64, device=self.device)])
+        loss, targets, rows, events, places, waited, squares = self.exchange.sum(sums).tolist()
+        ranks = self.exchange.world_size
+        spread = max(squares * ranks / max(events, 1.0) ** 2 - 1.0, 0.0) ** 0.5  # standard deviation over the mean
+        steps = max(self.steps, 1)
+        metrics = {
+            "loss": loss / max(targets, 1.0),
+            "samples_per_s": rows / seconds,
+            "events_per_s": events / seconds,
+            "padding_share": 1.0 - events / max(places, 1.0),
+            "rank_imbalance": spread,
+            "data_wait_share": waited / ranks / seconds,
+            "step_ms": 1000.0 * seconds / steps,
+        }
+        self._reset()
+        return metrics

@@ -1,0 +1,89 @@
+"""Sharded checkpoints: torch distributed checkpoint files beside a small JSON manifest, made current by one rename.
+
+Frozen content tables are not saved: their store is the truth and every run pins its generation.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+
+logger = logging.getLogger(__name__)
+FORMAT_VERSION = 1
+MANIFEST = "checkpoint.json"
+
+
+def model_state(model: nn.Module, skip: tuple[str, ...]) -> dict[str, Any]:
+    """State of a sharded model without the tables named in `skip`."""
+    found = model.state_dict()
+    return {name: value for name, value in found.items() if not any(f".{table}." in f".{name}" for table in skip)}
+
+
+def save_checkpoint(folder: Path, state: dict[str, Any], manifest: dict[str, Any]) -> None:
+    """Write a checkpoint of all ranks into `folder`, replacing the one there only when the new one is complete.
+
+    Args:
+        folder: Final folder, on storage that all ranks share.
+        state: Tensors, sharded tensors and nested dicts of them.
+        manifest: What `checkpoint.json` says beside the format version.
+    """
+    temporary = folder.with_name(folder.name + ".tmp")
+    main = dist.get_rank() == 0
+    if main:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    dist.barrier()
+    dcp.save(state, checkpoint_id=str(temporary))
+    if main:
+        (temporary / MANIFEST).write_text(json.dumps({"format_version": FORMAT_VERSION, **manifest}, indent=2))
+        old = folder.with_name(folder.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(temporary, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    dist.barrier()
+
+
+def load_manifest(folder: Path) -> dict[str, Any]:
+    """Read `checkpoint.json`.
+
+    Raises:
+        ValueError: When there is no complete checkpoint, or one of another format.
+    """
+    path = folder / MANIFEST
+    if not path.exists():
+        raise ValueError(f"{folder}: holds no complete checkpoint ({MANIFEST} is missing); train the run to its end first.")
+    manifest = json.loads(path.read_text())
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{path}: format_version={manifest.get('format_version')}, this version reads {FORMAT_VERSION}; use the "
+            "version of mufasa_rec that wrote it."
+        )
+    return manifest
+
+
+def load_model(folder: Path, model: nn.Module, skip: tuple[str, ...]) -> dict[str, Any]:
+    """Load a checkpoint's weights into a sharded model, on any number of ranks and under any plan.
+
+    Args:
+        folder: The checkpoint.
+        model: The sharded model; its shards are filled in place.
+        skip: Tables that are not in checkpoints.
+
+    Returns:
+        The checkpoint's manifest.
+    """
+    manifest = load_manifest(folder)
+    state = {"model": model_state(model, skip)}
+    dcp.load(state, checkpoint_id=str(folder))
+    model.load_state_dict(state["model"], strict=False)
+    return manifest

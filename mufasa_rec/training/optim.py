@@ -1,0 +1,113 @@
+"""One optimizer for the pipeline: AdamW on the data-parallel weights, and the learning rate of the tables' fused optimizer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mufasa_rec.distributed.sharding import TableOptimizerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """How weights are updated.
+
+    Attributes:
+        learning_rate: Peak learning rate of AdamW on everything but the tables.
+        weight_decay: AdamW's decay, on matrices only.
+        warmup_steps: Steps of linear warm-up, of the tables too.
+        final_share: Share of the peak learning rate at the end of the cosine; 1 keeps it constant.
+        max_grad_norm: Bound of the norm of the data-parallel gradient (the tables are updated inside the backward).
+        tables: The tables' fused optimizer.
+    """
+
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+    warmup_steps: int = 100
+    final_share: float = 0.05
+    max_grad_norm: float = 1.0
+    tables: TableOptimizerConfig = field(default_factory=TableOptimizerConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "max_grad_norm"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"optimizer.{name}={getattr(self, name)}: choose above 0.")
+        if not 0.0 <= self.final_share <= 1.0:
+            raise ValueError(f"optimizer.final_share={self.final_share}: choose 0 to 1.")
+        if self.warmup_steps < 0:
+            raise ValueError(f"optimizer.warmup_steps={self.warmup_steps}: choose 0 or more.")
+
+
+class _Optimizer(Protocol):
+    param_groups: Any
+
+    def zero_grad(self, set_to_none: bool = ...) -> None: ...
+    def step(self) -> Any: ...
+
+
+class TrainOptimizer:
+    """What the pipeline calls as its optimizer: clips, schedules and steps.
+
+    Args:
+        dense: The data-parallel parameters by name.
+        fused: The fused optimizer of the sharded tables; its step only hands FBGEMM the learning rate.
+        config: How weights are updated.
+        total_steps: Steps of the whole run, over which the cosine falls.
+    """
+
+    def __init__(
+        self, dense: dict[str, nn.Parameter], fused: _Optimizer, config: OptimizerConfig, total_steps: int
+    ) -> None:
+        self.config, self.fused, self.total_steps = config, fused, max(total_steps, 1)
+        self.parameters = dense
+        decayed = [p for p in dense.values() if p.ndim >= 2]
+        kept = [p for p in dense.values() if p.ndim < 2]
+        groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": kept, "weight_decay": 0.0}]
+        self.dense = torch.optim.AdamW(groups, lr=config.learning_rate, foreach=True)
+        self.num_steps = 0
+        self.grad_norm: Tensor = torch.zeros(())
+        self._set_learning_rates()
+
+    @property
+    def learning_rate(self) -> float:
+        """Learning rate of AdamW in the coming step."""
+        return self.config.learning_rate * self.share(self.num_steps)
+
+    def share(self, step: int) -> float:
+        """Share of the peak learning rate at `step`: linear warm-up, then a cosine down to `final_share`."""
+        config = self.config
+        if step < config.warmup_steps:
+            return (step + 1) / config.warmup_steps
+        progress = (step - config.warmup_steps) / max(self.total_steps - config.warmup_steps, 1)
+        cosine = 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
+        return config.final_share + (1.0 - config.final_share) * cosine
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients of the last step."""
+        self.dense.zero_grad(set_to_none=set_to_none)
+        self.fused.zero_grad()
+
+    def step(self, *_: Any) -> None:
+        """Clip, update, and set the learning rates of the next step."""
+        self.grad_norm = nn.utils.clip_grad_norm_(list(self.parameters.values()), self.config.max_grad_norm)
+        self.dense.step()
+        self.num_steps += 1
+        self._set_learning_rates()
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of AdamW by parameter name, and the step."""
+        names = {id(p): name for name, p in self.parameters.items()}
+        state = {names[id(p)]: value for p, value in self.dense.state.items()}
+        return {"dense": state, "num_steps": torch.tensor(self.num_steps)}
+
+    def _set_learning_rates(self) -> None:
+        share = self.share(self.num_steps)
+        for group in self.dense.param_groups:
+            group["lr"] = self.config.learning_rate * share
+        for group in self.fused.param_groups:
+            group["lr"] = self.config.tables.learning_rate * share
+        self.fused.step()  # FBGEMM takes the learning rate here; the update itself happens in the backward

@@ -1,0 +1,69 @@
+"""Where metrics go: `metrics.jsonl` (the truth), TensorBoard, the log, and a progress bar where somebody watches."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
+
+
+class Tracker:
+    """Writes the metrics of a run; every rank but the first gets a silent one.
+
+    Args:
+        folder: Run folder; None for a silent tracker.
+        total_steps: Steps that the progress bar counts to.
+    """
+
+    def __init__(self, folder: Path | None, total_steps: int) -> None:
+        self.folder = folder
+        self._bar: tqdm | None = None
+        if folder is None:
+            return
+        self._file = (folder / "metrics.jsonl").open("a")
+        self._board = SummaryWriter(str(folder / "tensorboard"))
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=total_steps, unit="step", dynamic_ncols=True)
+
+    def advance(self, steps: int = 1) -> None:
+        """Move the progress bar."""
+        if self._bar is not None:
+            self._bar.update(steps)
+
+    def record(self, kind: str, step: int, metrics: dict[str, Any], line: str) -> None:
+        """Write one set of metrics.
+
+        Args:
+            kind: `train` or `validation`.
+            step: Optimizer steps done.
+            metrics: Numbers by name.
+            line: The same for a reader of the log.
+        """
+        if self.folder is None:
+            return
+        self._file.write(json.dumps({"kind": kind, "step": step, **metrics}) + "\n")
+        self._file.flush()
+        for name, value in metrics.items():
+            if isinstance(value, (int, float)):
+                self._board.add_scalar(f"{kind}/{name}", value, step)
+        self._board.flush()
+        if self._bar is None:
+            logger.info("%s", line)
+        else:
+            self._bar.write(line)
+
+    def close(self) -> None:
+        """Close files and bar."""
+        if self.folder is None:
+            return
+        if self._bar is not None:
+            self._bar.close()
+        self._file.close()
+        self._board.close()

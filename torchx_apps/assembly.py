@@ -1,0 +1,212 @@
+"""Configs become objects: the data set, the sharded retriever, loaders and evaluators of a run. Training and evaluation share it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from mufasa_rec.config import RunConfig
+from mufasa_rec.data import paths
+from mufasa_rec.data.item_lookup import ItemLookup, ItemVocabulary, split_of
+from mufasa_rec.data.loader import Loader
+from mufasa_rec.data.negatives import NegativeSampler
+from mufasa_rec.data.parquet import list_row_groups
+from mufasa_rec.data.schema import DatasetManifest, SplitManifest, SplitRef
+from mufasa_rec.distributed import sharding
+from mufasa_rec.distributed.collectives import RankExchange
+from mufasa_rec.distributed.env import DistributedEnv
+from mufasa_rec.evaluation.retrieval import Evaluator, RetrieverScorer
+from mufasa_rec.models.retriever import FUSED, Retriever, RetrieverArch
+from mufasa_rec.modules.event_embedding import EventEmbedding, EventEmbeddingConfig
+from mufasa_rec.modules.full_attention import FullAttentionExtractor
+from mufasa_rec.modules.item_tower import ItemTower
+from mufasa_rec.modules.next_item import NextItemObjective
+from mufasa_rec.modules.sparse_arch import ContentTableConfig, SparseArch, TableConfig, table_name
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class OpenDataset:
+    """A data set as a run sees it: manifest, split, items."""
+
+    folder: str
+    manifest: DatasetManifest
+    ref: SplitRef
+    split: SplitManifest
+    catalog: ItemLookup
+
+    @property
+    def has_time(self) -> bool:
+        """Whether events have absolute times."""
+        return self.manifest.time.absolute
+
+    def has(self, kind: str) -> bool:
+        """Whether events have a column of this kind (`action`, `weight`, `label`)."""
+        return any(f.level == "event" and f.kind == kind for f in self.manifest.features.values())
+
+
+def open_dataset(config: RunConfig, vocabulary: ItemVocabulary | None = None) -> OpenDataset:
+    """Open the data set of a run.
+
+    Raises:
+        ValueError: When it is not there or not complete, or the vocabulary belongs to another split.
+    """
+    folder = config.data.dataset
+    if not folder:
+        raise ValueError("data.dataset: missing; give the folder that `prepare` wrote, as `--data.dataset FOLDER`.")
+    manifest = DatasetManifest.load(folder)
+    ref, split = split_of(manifest, folder, config.data.split)
+    modalities = config.data.modalities if config.model.use_content else ()
+    catalog = ItemLookup(
+        folder, manifest, split, modalities=modalities, min_count=config.data.min_count, vocabulary=vocabulary
+    )
+    return OpenDataset(folder, manifest, ref, split, catalog)
+
+
+def event_columns(config: RunConfig, data: OpenDataset) -> tuple[str, ...]:
+    """List columns that the model reads beside `item`."""
+    columns = [name for name in ("action", "weight") if data.has(name)]
+    if data.has_time and config.model.num_gap_buckets:
+        columns.append("timestamp")
+    if config.model.use_categoricals:
+        columns.extend(data.manifest.event_categoricals())
+    return tuple(columns)
+
+
+def make_loader(config: RunConfig, data: OpenDataset, part: str, env: DistributedEnv) -> Loader:
+    """The loader of one part of the split; the training part draws negatives, the others do not."""
+    groups = list_row_groups(data.folder, data.manifest, data.ref, part)
+    sampler = None
+    actions = None
+    data_config = config.data
+    if part == "train":
+        info = data.split.parts[part]
+        sampler = NegativeSampler(
+            config.data.negatives, data.catalog.available, data.catalog.counts, info.targets / max(info.rows, 1), config.seed
+        )
+        if config.data.target_actions is not None:
+            actions = _action_codes(data, config.data.target_actions)
+    else:  # evaluation has no backward: larger batches, and all of them fit the ranks
+        data_config = replace(config.data, batch_size=config.data.num_readers * 8)
+    return Loader(
+        groups,
+        data.catalog,
+        data_config,
+        columns=event_columns(config, data),
+        rank=env.rank,
+        world_size=env.world_size,
+        seed=config.seed,
+        sampler=sampler,
+        target_actions=actions,
+    )
+
+
+def _action_codes(data: OpenDataset, names: tuple[str, ...]) -> np.ndarray:
+    """Codes of actions by name."""
+    if not data.has("action"):
+        raise ValueError(f"data.target_actions={names}: data set {data.manifest.name!r} has no actions; leave it out.")
+    with paths.open_file(paths.join(data.folder, "vocabularies", "action.json")) as file:
+        values = [str(value) for value in json.load(file)["values"]]
+    for name in names:
+        if name not in values:
+            raise ValueError(f"data.target_actions: {name!r} is no action of {data.manifest.name!r}; there are {values}.")
+    return np.array([values.index(name) + 1 for name in names], dtype=np.int64)
+
+
+def build_retriever(config: RunConfig, data: OpenDataset, exchange: RankExchange) -> Retriever:
+    """The unsharded retriever, tables on `meta`, with fused optimizers attached."""
+    model, catalog, features = config.model, data.catalog, data.manifest.features
+    torch.manual_seed(config.seed)
+    item_categoricals, event_categoricals = {}, ()
+    if model.use_categoricals:
+        item_categoricals = {name: c.offsets is not None for name, c in catalog.items.categoricals.items()}
+        event_categoricals = tuple(data.manifest.event_categoricals())
+    tables = [TableConfig(name="item", num_embeddings=catalog.vocabulary.size)]
+    for name in item_categoricals:
+        rows = catalog.items.categoricals[name].cardinality + 1
+        tables.append(TableConfig(name=f"item.{name}", num_embeddings=rows))
+    for name in event_categoricals:
+        tables.append(TableConfig(name=f"event.{name}", num_embeddings=features[name].cardinality + 1))
+    contents = [
+        ContentTableConfig(modality=name, num_embeddings=store.rows, width=store.width)
+        for name, store in catalog.stores.items()
+    ]
+    sparse = SparseArch(tables, model.width, contents, torch.device("meta"))
+    modalities = {content.modality: content.width for content in contents}
+    tower = ItemTower(modalities, item_categoricals, model.width, use_id=model.use_id, id_dropout=model.id_dropout)
+    actions = max((f.cardinality for f in features.values() if f.kind == "action"), default=-1) + 1
+    embedding = EventEmbedding(
+        EventEmbeddingConfig(
+            width=model.width,
+            content={FUSED: model.width} if modalities else {},
+            num_actions=actions,
+            num_gap_buckets=model.num_gap_buckets if data.has_time else 0,
+            dropout=model.extractor.dropout,
+        )
+    )
+    extractor = FullAttentionExtractor(model.extractor, embedding, config.data.max_history)
+    full = config.data.negatives.is_full(int(catalog.available.sum()))
+    objective = NextItemObjective(model.objective, full=full, exchange=exchange)
+    dense = RetrieverArch(
+        tower, extractor, objective, max_history=config.data.max_history, event_categoricals=event_categoricals
+    )
+    sharding.fuse_optimizer(sparse.ids, config.optimizer.tables)
+    sharding.freeze(sparse.content)
+    return Retriever(sparse, dense)
+
+
+def content_tables(data: OpenDataset) -> tuple[str, ...]:
+    """Names of the frozen content tables."""
+    return tuple(table_name(f"content.{name}") for name in data.catalog.stores)
+
+
+def shard_retriever(config: RunConfig, data: OpenDataset, retriever: Retriever, device: torch.device) -> nn.Module:
+    """Shard the retriever, draw its tables' weights, and read the content shard by shard."""
+    config.optimizer.tables.refuse_on(device)
+    plan = sharding.make_plan(retriever, device)
+    logger.info("plan:\n%s", sharding.describe(plan))
+    trained = [c.name for c in retriever.sparse.ids.embedding_configs()]
+    sharded = sharding.shard(retriever, plan, device)
+    sharding.initialise_tables(sharded, dict.fromkeys(trained, config.model.width**-0.5), config.seed)
+    stores = {table_name(f"content.{name}"): store.read for name, store in data.catalog.stores.items()}
+    sharding.load_rows(sharded, stores)
+    return sharded
+
+
+def make_evaluator(
+    config: RunConfig, data: OpenDataset, part: str, env: DistributedEnv, exchange: RankExchange
+) -> Evaluator:
+    """The evaluator of one part of the split."""
+    masked = data.manifest.mask_seen_default if config.mask_seen is None else config.mask_seen
+    loader = make_loader(config, data, part, env)
+    return Evaluator(loader, data.catalog, exchange, env.device, mask_seen=masked)
+
+
+def make_scorer(
+    config: RunConfig, data: OpenDataset, model: nn.Module, env: DistributedEnv, exchange: RankExchange
+) -> RetrieverScorer:
+    """The scorer of a sharded retriever."""
+    return RetrieverScorer(model, data.catalog, exchange, env.device, columns=event_columns(config, data))
+
+
+def load_vocabulary(run: str) -> ItemVocabulary:
+    """The vocabulary of an existing run."""
+    return ItemVocabulary.load(run)
+
+
+def run_folder(run: str) -> Path:
+    """The run folder as a local path.
+
+    Raises:
+        ValueError: For a URL: logs are appended to, which object stores cannot.
+    """
+    if paths.is_remote(run):
+        raise ValueError(f"run={run!r}: logs are appended to while training; choose a folder on a mounted disk.")
+    return Path(run)
