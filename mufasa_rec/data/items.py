@@ -7,6 +7,7 @@ source's string id and the title). An item's row here is its row everywhere else
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,11 +65,7 @@ class ItemStore:
             raise ValueError(
                 f"{folder}: {TEXT_FILE} has {text.num_rows} rows, {ITEMS_FILE} {tensors['id'].size}; prepare again"
             )
-        cardinalities = {
-            key.removeprefix("cardinality."): int(value)
-            for key, value in metadata.items()
-            if key.startswith("cardinality.")
-        }
+        cardinalities = json.loads(metadata["cardinalities"])
         categoricals = {name: _categorical(tensors, name, size) for name, size in sorted(cardinalities.items())}
         return cls(
             ids=tensors["id"],
@@ -160,9 +157,7 @@ def write_item_store(
         "available_from": np.full(n, ALWAYS_FROM) if available_from is None else available_from.astype(np.int64),
         "available_to": np.full(n, ALWAYS_TO) if available_to is None else available_to.astype(np.int64),
     }
-    metadata = {"format_version": "1"}
     for name, column in (categoricals or {}).items():
-        metadata[f"cardinality.{name}"] = str(column.cardinality)
         if column.offsets is None:
             tensors[f"cat.{name}"] = np.ascontiguousarray(column.values, np.int32)
         else:
@@ -171,6 +166,9 @@ def write_item_store(
         rows = column.values.size if column.offsets is None else column.offsets.size - 1
         if rows != n:
             raise ValueError(f"item store: categorical {name!r} has {rows} rows for {n} items")
+    cardinalities = {name: column.cardinality for name, column in sorted((categoricals or {}).items())}
+    # One key: safetensors writes several in a random order, and equal stores should have equal bytes.
+    metadata = {"cardinalities": json.dumps(cardinalities)}
     return _write(paths.join(folder, "items", generation), tensors, metadata, _text_table(n, raw_ids, titles))
 
 

@@ -251,6 +251,8 @@ class _Lead:
     def write_events(self) -> None:
         """Writes events, rows of the splits, counts, and the oracle of a generated source."""
         config, folder = self.config, self.folder
+        for vocabulary in self.log.vocabularies.values():
+            vocabulary.save(str(folder))
         plan = plan_buckets(self.log, self.buckets, config.split.targets_per_row)
         events_hash = files_hash(write_events(folder, self.log, plan))
         item_rows = np.searchsorted(self.catalog.ids, self.log.item)

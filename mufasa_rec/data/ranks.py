@@ -52,5 +52,5 @@ class Ranks:
 
     def first(self, work: Callable[[], T]) -> T:
         """Runs ``work`` on rank 0 and gives everybody its result."""
-        results: list[Any] = self.together(lambda: work() if self.rank == 0 else None)  # type: ignore[arg-type]
+        results: list[Any] = self.together(lambda: work() if self.rank == 0 else None)
         return results[0]

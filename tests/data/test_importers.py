@@ -105,6 +105,7 @@ def test_ids_that_are_none_are_refused(tmp_path: Path, ids: pa.Array, message: s
 @pytest.mark.parametrize(
     ("times", "unit", "timezone", "expected"),
     [
+        (pa.array([1_600_000_000], pa.int32()), "auto", None, 1_600_000_000_000),
         ([1_600_000_000_123], "auto", None, 1_600_000_000_123),
         ([1_600_000_000_123_456], "auto", None, 1_600_000_000_123),
         ([1_600_000_000_123_456_789], "auto", None, 1_600_000_000_123),

@@ -148,8 +148,7 @@ def _plausible(values: np.ndarray, where: str, divisor: int = 1) -> pa.Array:
         day = pd.Timestamp(int(np.median(known)), unit="ms").date()
         raise ValueError(
             f"{where}: the middle time is {day}, so these are no absolute times; give "
-            "--columns.time-unit if the unit is "
-            "wrong, or use the column for the order only with --columns.position"
+            "--columns.time-unit if the unit is wrong, or use the column for the order only with --columns.position"
         )
     if known.size and known.max() > _YEAR_2200_MS:
         raise ValueError(f"{where}: the last time is after the year 2200; give the unit with --columns.time-unit")
