@@ -178,13 +178,20 @@ def explained_disk_errors(written: Path, target: Location) -> Iterator[None]:
     """Turns "no space left" (and quota) errors into one that names the target, the bytes written and the remedy."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        if not _is_full(error):
             raise
         files = written.rglob("*") if written.is_dir() else [written]
         size = sum(path.stat().st_size for path in files if path.is_file())
         raise OSError(
-            error.errno,
+            errno.ENOSPC,
             f"the disk is full: {size:,} bytes were written for {os.fspath(target)} and removed again; "
             "free space or choose a folder on another disk; nothing that was there before was changed",
         ) from error
+
+
+def _is_full(error: Exception) -> bool:
+    """Whether an error says that the disk or a quota is full; safetensors says it in words only."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT))

@@ -28,12 +28,20 @@ def test_atomic_write_leaves_nothing_after_an_error(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_full_disk_names_the_target_the_bytes_and_the_remedy(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        RuntimeError("I/O error: No space left on device (os error 28)"),  # as safetensors says it
+    ],
+)
+def test_full_disk_names_the_target_the_bytes_and_the_remedy(tmp_path: Path, error: Exception) -> None:
     target = tmp_path / "set"
     message = r"disk is full: 5 bytes were written for .*set.*free space"
     with pytest.raises(OSError, match=message) as caught, paths.atomic_folder(target) as folder:
         (folder / "data").write_text("12345")
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise error
     assert caught.value.errno == errno.ENOSPC
     assert list(tmp_path.iterdir()) == []
 

@@ -173,7 +173,7 @@ def test_full_disk_leaves_what_was_there(source: Path, monkeypatch: pytest.Monke
     def fail(*_: object) -> dict[str, str]:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("mufasa_rec.data.prepare.write_events", fail)
+    monkeypatch.setattr("mufasa_rec.data.preparation.write_events", fail)
     with pytest.raises(
         OSError, match=r"the disk is full: .* bytes were written for .*set.*nothing that was there before"
     ):

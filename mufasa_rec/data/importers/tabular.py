@@ -49,7 +49,7 @@ def read_files(name: str, files: SourceFiles, columns: ColumnsConfig) -> RawData
     """Reads a source whose files are known."""
     events, found, how = _read_events(files.events, columns)
     choices, ignored, dropped = [*found.choices, *how], {**files.ignored, **_with_file(found)}, {}
-    items = _read_items(files.items, columns) if files.items else None
+    items = read_items(files.items, columns) if files.items else None
     if items is not None:
         choices += items.found.choices
         ignored |= _with_file(items.found)
@@ -126,7 +126,7 @@ def _free_name(column: str, taken: tuple[str, ...], where: str) -> str:
 
 
 @dataclass
-class _Items:
+class Items:
     """The items file: what is kept, in canonical columns; what was chosen; ids that a filter dropped."""
 
     table: pa.Table
@@ -134,7 +134,8 @@ class _Items:
     gone: pa.Array
 
 
-def _read_items(url: str, config: ColumnsConfig) -> _Items:
+def read_items(url: str, config: ColumnsConfig) -> Items:
+    """Reads the items file and applies the filters of ``config.drop_items``."""
     where = PurePosixPath(url).name
     schema = table_schema(url)
     found = resolve_items(config, schema.names, [f.name for f in schema if values.is_list(f.type)], where)
@@ -154,7 +155,7 @@ def _read_items(url: str, config: ColumnsConfig) -> _Items:
     drop = _matches(table, config.drop_items, found)
     found.ignored = {name: reason for name, reason in found.ignored.items() if name not in config.drop_items}
     items = pa.table(out)
-    return _Items(items.filter(pc.invert(drop)), found, values.flat(items.filter(drop)[raw.ITEM_ID]))
+    return Items(items.filter(pc.invert(drop)), found, values.flat(items.filter(drop)[raw.ITEM_ID]))
 
 
 def _matches(table: pa.Table, filters: dict[str, str], found: Resolution) -> pa.Array:
