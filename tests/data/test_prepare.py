@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import jsonschema
 import numpy as np
 import pyarrow as pa
@@ -262,3 +263,19 @@ def test_online_retail_without_what_is_no_product(tmp_path: Path) -> None:
     assert manifest.statistics["events"] == 397_924 - 1_554
     assert manifest.repeat_share > 0.01
     assert not manifest.mask_seen_default
+
+
+def test_data_set_is_written_to_and_read_from_an_object_store(source: Path) -> None:
+    url = "memory://test_prepare/set"
+    manifest = prepare(_config(source, output=url))
+    assert DatasetManifest.load(url) == manifest
+    assert check_dataset(url) == []
+    with pytest.raises(ValueError, match=r"--output .*made from another source"):
+        prepare(PrepareConfig(input="synthetic:0", output=url))
+    fsspec.filesystem("memory").rm("/test_prepare", recursive=True)
+
+
+def test_same_source_under_a_new_name_keeps_the_split_hash(source: Path) -> None:
+    first = prepare(_config(source))
+    second = prepare(_config(source, name="other", output=str(source.parent / "b")))
+    assert first.splits == second.splits
