@@ -33,7 +33,7 @@ def flat(column: pa.Array | pa.ChunkedArray) -> pa.Array:
 
 def is_text(kind: pa.DataType) -> bool:
     """True for any string type."""
-    return bool(pt.is_string(kind) or pt.is_large_string(kind) or pt.is_string_view(kind))
+    return bool(pt.is_string(kind) or pt.is_large_string(kind))
 
 
 def is_list(kind: pa.DataType) -> bool:
