@@ -70,7 +70,9 @@ def load_config(file: paths.Location, base: RunConfig | None = None) -> RunConfi
     with paths.open_file(file, "rb") as handle:
         given = yaml.safe_load(handle) or {}
     if not isinstance(given, dict):
-        raise ValueError(f"{file}: holds {type(given).__name__}, not fields; write lines such as `data: {{batch_size: 256}}`.")
+        raise ValueError(
+            f"{file}: holds {type(given).__name__}, not fields; write lines such as `data: {{batch_size: 256}}`."
+        )
     merged = _merged(_plain(dataclasses.asdict(base or RunConfig())), given, str(file), "")
     try:
         return dacite.from_dict(RunConfig, merged, dacite.Config(strict=True, cast=[tuple, float]))

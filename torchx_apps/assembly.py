@@ -89,7 +89,11 @@ def make_loader(config: RunConfig, data: OpenDataset, part: str, env: Distribute
     if part == "train":
         info = data.split.parts[part]
         sampler = NegativeSampler(
-            config.data.negatives, data.catalog.available, data.catalog.counts, info.targets / max(info.rows, 1), config.seed
+            config.data.negatives,
+            data.catalog.available,
+            data.catalog.counts,
+            info.targets / max(info.rows, 1),
+            config.seed,
         )
         if config.data.target_actions is not None:
             actions = _action_codes(data, config.data.target_actions)
@@ -116,7 +120,9 @@ def _action_codes(data: OpenDataset, names: tuple[str, ...]) -> np.ndarray:
         values = [str(value) for value in json.load(file)["values"]]
     for name in names:
         if name not in values:
-            raise ValueError(f"data.target_actions: {name!r} is no action of {data.manifest.name!r}; there are {values}.")
+            raise ValueError(
+                f"data.target_actions: {name!r} is no action of {data.manifest.name!r}; there are {values}."
+            )
     return np.array([values.index(name) + 1 for name in names], dtype=np.int64)
 
 
@@ -174,7 +180,7 @@ def shard_retriever(config: RunConfig, data: OpenDataset, retriever: Retriever, 
     logger.info("plan:\n%s", sharding.describe(plan))
     trained = [c.name for c in retriever.sparse.ids.embedding_configs()]
     sharded = sharding.shard(retriever, plan, device)
-    sharding.initialise_tables(sharded, dict.fromkeys(trained, config.model.width**-0.5), config.seed)
+    sharding.initialise_tables(sharded, dict.fromkeys(trained, config.model.init_std), config.seed)
     stores = {table_name(f"content.{name}"): store.read for name, store in data.catalog.stores.items()}
     sharding.load_rows(sharded, stores)
     return sharded

@@ -153,9 +153,7 @@ class Loader:
         seen = cut_windows(pieces, None) if self.sampler is None else None
         rows, bias = self._candidates(windows, order, step)
         actions = None if self.sampler is None else self.target_actions
-        batch = collate(
-            windows, self.catalog, rows, bias, seen=seen, target_actions=actions, dedup=self.config.dedup
-        )
+        batch = collate(windows, self.catalog, rows, bias, seen=seen, target_actions=actions, dedup=self.config.dedup)
         batch.epoch, batch.step = order.epoch, step
         batch.num_rows = batch.num_rows if real else 0
         return batch

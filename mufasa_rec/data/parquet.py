@@ -58,7 +58,9 @@ class RowGroup:
     columns: dict[str, np.ndarray]
 
 
-def list_row_groups(dataset: paths.Location, manifest: DatasetManifest, split: SplitRef, part: str) -> list[RowGroupRef]:
+def list_row_groups(
+    dataset: paths.Location, manifest: DatasetManifest, split: SplitRef, part: str
+) -> list[RowGroupRef]:
     """All row groups of a part of a split, in a fixed order.
 
     Raises:
@@ -154,7 +156,9 @@ def _lists(table: pa.Table, columns: Sequence[str], file: str) -> tuple[np.ndarr
         offsets = column.offsets.to_numpy().astype(np.int64)
         base, size = int(offsets[0]), np.diff(offsets)
         if lengths is not None and not np.array_equal(size, lengths):
-            raise ValueError(f"{file}: column {name!r} has lists of other lengths than {columns[0]!r}; write them aligned.")
+            raise ValueError(
+                f"{file}: column {name!r} has lists of other lengths than {columns[0]!r}; write them aligned."
+            )
         starts, lengths = offsets[:-1] - base, size
         inner = column.values.slice(base, int(offsets[-1]) - base)
         if inner.null_count:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pyarrow as pa
 
@@ -70,7 +70,19 @@ def make_splits(config: SplitConfig, log: EventLog, timezone: str | None = None)
             not_made["time"] = "the data has no absolute times"
         else:
             _add_time_split(config, log, timezone, by_name, splits, not_made)
-    return splits, not_made
+    return [_with_train_end(split, log) for split in splits], not_made
+
+
+def _with_train_end(split: Split, log: EventLog) -> Split:
+    """The split with the time of its last training event among its borders, where there are times.
+
+    Items released later were not there to be chosen in training, so they must not serve as negatives.
+    """
+    rows = split.parts["train"]
+    if log.timestamp is None or not rows.user.size:
+        return split
+    last = log.timestamp[log.offsets[rows.user] + rows.history_end - 1]
+    return replace(split, borders={**split.borders, "train_end": int(last.max())})
 
 
 def _add_time_split(

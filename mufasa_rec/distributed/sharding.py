@@ -138,7 +138,9 @@ def initialise_tables(model: nn.Module, std: Mapping[str, float], seed: int) -> 
         if table not in std:
             continue
         if column:
-            raise ValueError(f"table {table}: column-wise shards cannot be initialised by rows; shard it by rows or tables.")
+            raise ValueError(
+                f"table {table}: column-wise shards cannot be initialised by rows; shard it by rows or tables."
+            )
         last = first + len(weight)
         for block in range(first // _BLOCK, -(-last // _BLOCK)):
             stream = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{table}/{block}".encode()))

@@ -51,6 +51,7 @@ class RetrieverConfig:
         use_content: Whether content vectors are used.
         use_categoricals: Whether item and event categoricals are used.
         id_dropout: Probability of dropping an item's id embedding from its vector in training.
+        init_std: Standard deviation of the tables' initial weights; small, so that content leads until ids have learned.
         num_gap_buckets: Buckets of the time gap between events (base-2 seconds); only where the data has absolute times.
         extractor: The interest extractor.
         objective: The next-item objective.
@@ -61,6 +62,7 @@ class RetrieverConfig:
     use_content: bool = True
     use_categoricals: bool = True
     id_dropout: float = 0.1
+    init_std: float = 0.02
     num_gap_buckets: int = 24
     extractor: FullAttentionConfig = field(default_factory=FullAttentionConfig)
     objective: NextItemConfig = field(default_factory=NextItemConfig)

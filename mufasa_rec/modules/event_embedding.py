@@ -89,7 +89,9 @@ class EventEmbedding(nn.Module):
         total: Tensor | float = 0.0
         for name, projection in self.content.items():
             if name not in content:
-                raise ValueError(f"content[{name!r}]: missing; the model was built with modalities {list(self.content)}.")
+                raise ValueError(
+                    f"content[{name!r}]: missing; the model was built with modalities {list(self.content)}."
+                )
             vectors = content[name]
             if name in present:
                 vectors = torch.where(present[name][:, None], vectors, torch.zeros((), dtype=vectors.dtype))

@@ -130,4 +130,3 @@ def _mean_of_lists(values: Tensor, counts: Tensor) -> Tensor:
     owner = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts, output_size=len(values))
     total = values.new_zeros(len(counts), values.shape[1]).index_add(0, owner, values)
     return total / counts.clamp(min=1).to(values.dtype)[:, None]
-

@@ -124,8 +124,6 @@ class NextItemObjective(nn.Module):
             total = full_softmax_loss(query, vectors, column, asked.weight)
         else:
             bias = self.exchange.gather(asked.candidate_bias, sizes)
-            total = sampled_softmax_loss(
-                query, asked.positive, vectors, bias, asked.target_row, rows, asked.weight
-            )
+            total = sampled_softmax_loss(query, asked.positive, vectors, bias, asked.target_row, rows, asked.weight)
         scale = self.exchange.world_size / max(sum(count[0] for count in counts), 1)
         return total * scale, total.detach()

@@ -70,7 +70,14 @@ def sampled_softmax_loss(
     low = _low_precision(query.device.type)
     with torch.autocast(query.device.type, enabled=False):
         return _SampledSoftmax.apply(
-            query.float(), positive.float(), candidates.float(), bias.float(), target_id, candidate_id, weight.float(), low
+            query.float(),
+            positive.float(),
+            candidates.float(),
+            bias.float(),
+            target_id,
+            candidate_id,
+            weight.float(),
+            low,
         )
 
 

@@ -61,7 +61,9 @@ def load_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     if not path.exists():
-        raise ValueError(f"{folder}: holds no complete checkpoint ({MANIFEST} is missing); train the run to its end first.")
+        raise ValueError(
+            f"{folder}: holds no complete checkpoint ({MANIFEST} is missing); train the run to its end first."
+        )
     manifest = json.loads(path.read_text())
     if manifest.get("format_version") != FORMAT_VERSION:
         raise ValueError(
@@ -83,7 +85,6 @@ def load_model(folder: Path, model: nn.Module, skip: tuple[str, ...]) -> dict[st
         The checkpoint's manifest.
     """
     manifest = load_manifest(folder)
-    state = {"model": model_state(model, skip)}
-    dcp.load(state, checkpoint_id=str(folder))
-    model.load_state_dict(state["model"], strict=False)
+    # The state's tensors are the model's own memory, which loading fills in place.
+    dcp.load({"model": model_state(model, skip)}, checkpoint_id=str(folder))
     return manifest

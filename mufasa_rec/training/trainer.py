@@ -211,7 +211,9 @@ def check_pipelined(model: nn.Module, pipeline: TrainPipelineSparseDist) -> None
     """
     pipelined = {id(module) for module in pipeline._pipelined_modules}
     left = [
-        name for name, module in model.named_modules() if isinstance(module, ShardedModule) and id(module) not in pipelined
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, ShardedModule) and id(module) not in pipelined
     ]
     if left:
         raise RuntimeError(

@@ -1,0 +1,223 @@
+"""Evaluate trained runs by full ranking, beside popularity and a first-order Markov chain.
+
+    python -m torchx_apps.evaluate --run RUN [--compare NAME=RUN,NAME=RUN] --output FOLDER
+
+Writes evaluation.json, summary.json and report.html. With several runs they must use one data set and one split.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from mufasa_rec.config import CONFIG_FILE, RunConfig, load_config
+from mufasa_rec.data import paths
+from mufasa_rec.data.content import ContentStore
+from mufasa_rec.distributed.collectives import RankExchange
+from mufasa_rec.distributed.env import DistributedEnv, distributed
+from mufasa_rec.evaluation.baselines import MarkovScorer, PopularityScorer
+from mufasa_rec.evaluation.ranks import Ranked
+from mufasa_rec.evaluation.report import write_report
+from mufasa_rec.evaluation.summary import histograms, paired, summarise
+from mufasa_rec.models.baselines import Transitions, count_transitions
+from mufasa_rec.training.checkpoint import load_model
+from torchx_apps import assembly
+
+logger = logging.getLogger(__name__)
+MODEL = "model"
+ORACLE_FILE = "oracle.safetensors"
+
+
+@record
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the command line and evaluate."""
+    parser = argparse.ArgumentParser(
+        prog="evaluate", description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--run", required=True, metavar="FOLDER", help="run folder of the model")
+    parser.add_argument("--compare", default="", metavar="NAME=FOLDER,...", help="more runs, each a row of its own")
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="where the results are written")
+    parser.add_argument("--part", default="test", choices=("validation", "test"), help="part of the split (test)")
+    parser.add_argument("--dataset", metavar="FOLDER", help="where the data set lies now, if it was moved")
+    options = parser.parse_args(argv)
+    try:
+        runs = _runs(options.run, options.compare)
+        with distributed() as env:
+            evaluate(runs, Path(options.output), options.part, env, dataset=options.dataset)
+    except ValueError as error:
+        raise SystemExit(f"evaluate: {error}") from error
+
+
+def _runs(run: str, compare: str) -> dict[str, str]:
+    """Run folders by row name, the model first."""
+    runs = {MODEL: run}
+    for pair in filter(None, compare.split(",")):
+        name, sign, folder = pair.partition("=")
+        if not sign or not name or not folder or name in runs:
+            raise ValueError(f"--compare {pair!r}: write NAME=FOLDER with a name of its own.")
+        runs[name] = folder
+    return runs
+
+
+def evaluate(
+    runs: dict[str, str], output: Path, part: str, env: DistributedEnv, *, dataset: str | None = None
+) -> list[dict[str, Any]]:
+    """Rank every run, the baselines and, for generated data, the oracle.
+
+    Args:
+        runs: Run folders by row name; the first decides data set and split.
+        output: Where results are written.
+        part: `validation` or `test`.
+        env: This process among its peers; the process group must be up.
+        dataset: Where the data set lies now; None for where the runs read it.
+
+    Returns:
+        The rows of `summary.json`.
+    """
+    exchange = RankExchange()
+    configs = {name: _config(folder, dataset) for name, folder in runs.items()}
+    first = configs[MODEL]
+    torch.set_num_threads(first.threads)
+    data = assembly.open_dataset(first, assembly.load_vocabulary(runs[MODEL]))
+    evaluator = assembly.make_evaluator(first, data, part, env, exchange)
+    ranked: dict[str, Ranked] = {}
+    seconds: dict[str, float] = {}
+    begin = time.perf_counter()
+    ranked["popularity"] = evaluator.rank(PopularityScorer(data.catalog.counts))
+    seconds["popularity"], begin = time.perf_counter() - begin, time.perf_counter()
+    ranked["markov"] = evaluator.rank(MarkovScorer(_transitions(first, data, env, exchange), data.catalog.counts))
+    seconds["markov"] = time.perf_counter() - begin
+    for name, folder in runs.items():
+        ranked[name], seconds[name] = _rank_run(folder, configs[name], data, part, env, exchange)
+    oracle = _oracle(data, part, ranked[MODEL], evaluator.mask_seen)
+    if oracle is not None:
+        ranked["oracle"], seconds["oracle"] = oracle, 0.0
+    if not env.is_main:
+        return []
+    stores = _content_rows(data)
+    rows = [summarise(name, found, data.catalog, stores, seconds[name]) for name, found in ranked.items()]
+    evaluation = {
+        "dataset": _facts(data, ranked[MODEL], evaluator.mask_seen, part),
+        "rows": rows,
+        "pairs": [paired(f"{MODEL} - {name}", ranked[MODEL], r) for name, r in ranked.items() if name != MODEL],
+        "histograms": histograms(ranked[MODEL], data.catalog.counts),
+        "runs": {name: str(folder) for name, folder in runs.items()},
+    }
+    return _write(evaluation, runs, output)
+
+
+def _config(folder: str, dataset: str | None) -> RunConfig:
+    """The configuration of a run, its data set where it lies now."""
+    if not paths.exists(paths.join(folder, CONFIG_FILE)):
+        raise ValueError(
+            f"{folder}: holds no run ({CONFIG_FILE} is missing); give the folder that `train --run` wrote."
+        )
+    config = load_config(paths.join(folder, CONFIG_FILE))
+    if dataset is None:
+        return config
+    return replace(config, data=replace(config.data, dataset=dataset))
+
+
+def _rank_run(
+    folder: str,
+    config: RunConfig,
+    first: assembly.OpenDataset,
+    part: str,
+    env: DistributedEnv,
+    exchange: RankExchange,
+) -> tuple[Ranked, float]:
+    """Load a run's checkpoint on this world's ranks and rank with it; returns ranks and training plus ranking seconds."""
+    data = assembly.open_dataset(config, assembly.load_vocabulary(folder))
+    if data.catalog.split != first.catalog.split:
+        raise ValueError(
+            f"{folder}: trained on split {data.catalog.split}, the first run on {first.catalog.split}; rows of one table need "
+            "one split."
+        )
+    begin = time.perf_counter()
+    model = assembly.shard_retriever(config, data, assembly.build_retriever(config, data, exchange), env.device)
+    manifest = load_model(Path(folder) / "checkpoint", model, assembly.content_tables(data))
+    if manifest.get("split") != data.catalog.split:
+        raise ValueError(
+            f"{folder}/checkpoint: trained on split {manifest.get('split')}, but the data set holds {data.catalog.split}; "
+            "evaluate on the data set that the run was trained on."
+        )
+    model.eval()
+    evaluator = assembly.make_evaluator(config, data, part, env, exchange)
+    ranked = evaluator.rank(assembly.make_scorer(config, data, model, env, exchange))
+    trained = Path(folder) / "summary.json"
+    before = json.loads(trained.read_text())["seconds"] if trained.exists() else 0.0
+    return ranked, before + time.perf_counter() - begin
+
+
+def _transitions(
+    config: RunConfig, data: assembly.OpenDataset, env: DistributedEnv, exchange: RankExchange
+) -> Transitions:
+    """Count the training transitions, each rank its readers' rows, and add them up."""
+    loader = assembly.make_loader(config, data, "train", env)
+    return Transitions.merge(exchange.objects(count_transitions(loader.batches(0))))
+
+
+def _oracle(data: assembly.OpenDataset, part: str, like: Ranked, mask_seen: bool) -> Ranked | None:
+    """The generator's own ranks of the test targets, where the data set was generated."""
+    file = paths.join(data.folder, ORACLE_FILE)
+    if part != "test" or not mask_seen or data.split.id != "leave_one_out" or not paths.exists(file):
+        return None
+    found = load_file(paths.local_copy(file))
+    place = np.searchsorted(found["user"], like.user)
+    top = data.catalog.rows_of(found["top"].reshape(-1)).reshape(found["top"].shape)
+    return Ranked(like.user, like.target_row, found["rank"][place], top[place], like.history_length)
+
+
+def _content_rows(data: assembly.OpenDataset) -> dict[str, np.ndarray]:
+    """Content row of every item for all modalities of the data set, those that the model does not use included."""
+    ids = np.asarray(data.catalog.items.ids)
+    return {
+        name: ContentStore.open(data.folder, name, ref.generation, checksum=ref.checksum).rows_of(ids)
+        for name, ref in data.manifest.content.items()
+    }
+
+
+def _facts(data: assembly.OpenDataset, ranked: Ranked, mask_seen: bool, part: str) -> dict[str, Any]:
+    manifest = data.manifest
+    return {
+        "name": manifest.name,
+        "users": len(ranked.user),
+        "items": len(data.catalog),
+        "events": sum(partition.events for partition in manifest.partitions),
+        "split": data.split.id,
+        "split_hash": data.split.hash,
+        "part": part,
+        "repeat_share": manifest.repeat_share,
+        "mask_seen": mask_seen,
+    }
+
+
+def _write(evaluation: dict[str, Any], runs: dict[str, str], output: Path) -> list[dict[str, Any]]:
+    """Write evaluation.json, summary.json and report.html."""
+    output.mkdir(parents=True, exist_ok=True)
+    summary = [{key: value for key, value in row.items() if key != "slices"} for row in evaluation["rows"]]
+    for name, content in (("evaluation.json", evaluation), ("summary.json", summary)):
+        with paths.atomic_write(output / name) as path:
+            path.write_text(json.dumps(content, indent=2))
+    write_report(output / "evaluation.json", runs, output / "report.html")
+    for row in summary:
+        logger.info(
+            "%-24s HR@10 %.4f · NDCG@10 %.4f [%.4f, %.4f] · MRR %.4f",
+            row["row"], row["hr@10"], row["ndcg@10"], row["ndcg@10_low"], row["ndcg@10_high"], row["mrr"],
+        )  # fmt: skip
+    return summary
+
+
+if __name__ == "__main__":
+    main()
