@@ -50,7 +50,7 @@ class SyntheticConfig:
         num_genres: Genres, at most 12.
         topics_per_genre: Topics in a genre.
         items_per_topic: Items on a topic's ring.
-        cold_per_topic: Items of a ring that are released just before the users' last events.
+        cold_topic_share: Share of the topics with one item that is released just before the users' last events.
         mean_events: Mean number of events of a user (log-normal, clipped to [10, 4 x mean]).
         repertoire: Topics that a user keeps for long.
         active_topics: Topics between which one session jumps.
@@ -65,18 +65,18 @@ class SyntheticConfig:
     """
 
     num_users: int = 4_000
-    num_genres: int = 12
-    topics_per_genre: int = 10
+    num_genres: int = 10
+    topics_per_genre: int = 8
     items_per_topic: int = 25
-    cold_per_topic: int = 2
+    cold_topic_share: float = 0.5
     mean_events: int = 60
     repertoire: int = 8
-    active_topics: int = 4
-    stay: float = 0.15
-    step: float = 0.6
-    noise: float = 0.08
-    session_end: float = 0.08
-    drift: float = 0.25
+    active_topics: int = 3
+    stay: float = 0.2
+    step: float = 0.85
+    noise: float = 0.03
+    session_end: float = 0.02
+    drift: float = 0.4
     image_missing: float = 0.3
     start_ms: int = 1_767_225_600_000
     num_days: int = 90
@@ -89,8 +89,8 @@ class SyntheticConfig:
                 f"active_topics={self.active_topics}, repertoire={self.repertoire}, topics={self.num_topics}: "
                 "each must be at most the next one."
             )
-        if not 0 <= self.cold_per_topic < self.items_per_topic:
-            raise ValueError(f"cold_per_topic={self.cold_per_topic}: choose less than items_per_topic.")
+        if not 0.0 <= self.cold_topic_share <= 1.0:
+            raise ValueError(f"cold_topic_share={self.cold_topic_share}: choose 0 to 1.")
 
     @property
     def num_topics(self) -> int:
@@ -140,8 +140,8 @@ class _World:
     def __init__(self, config: SyntheticConfig, rng: np.random.Generator) -> None:
         topics, ring = config.num_topics, config.items_per_topic
         self.topic_weight = rng.permutation(1.0 / np.arange(1, topics + 1) ** 0.75)
-        cold_order = np.argsort(rng.random((topics, ring)), axis=1)
-        self.cold = cold_order < config.cold_per_topic  # [topics, ring]
+        has_cold = rng.random(topics) < config.cold_topic_share
+        self.cold = has_cold[:, None] & (np.arange(ring) == rng.integers(0, ring, topics)[:, None])  # [topics, ring]
         jitter = rng.lognormal(0.0, 0.5, (topics, ring))
         popularity = self.topic_weight[:, None] * jitter
         self.popularity = (popularity / popularity.sum()).reshape(-1)  # [items]
@@ -311,10 +311,13 @@ def _content(config: SyntheticConfig, rng: np.random.Generator) -> dict[str, tup
     items = config.num_items
     topic, position = np.arange(items) // ring, np.arange(items) % ring
     genre = topic // config.topics_per_genre
-    centre = rng.normal(size=(topics, 40)) + 0.7 * rng.normal(size=(genres, 40))[np.arange(topics) // config.topics_per_genre]
+    centre = (
+        rng.normal(size=(topics, 40))
+        + 0.7 * rng.normal(size=(genres, 40))[np.arange(topics) // config.topics_per_genre]
+    )
     centre /= np.linalg.norm(centre, axis=1, keepdims=True)
     angle = 2 * np.pi * position / ring
-    place = np.stack([f(k * angle) for k in (1, 3) for f in (np.cos, np.sin)], axis=1) * 0.5
+    place = np.stack([f(k * angle) for k in (1, 3) for f in (np.cos, np.sin)], axis=1) * 0.8
     mixing = np.linalg.qr(rng.normal(size=(64, 64)))[0]
     flat = np.concatenate([centre[topic], place, np.zeros((items, 20))], axis=1) + 0.03 * rng.normal(size=(items, 64))
     title = flat @ mixing
