@@ -1,4 +1,4 @@
-"""Counted models: popularity, and a first-order Markov chain. They have no weights, and beating them is the least one may ask."""
+"""What counted models count: the transitions of a first-order Markov chain. Beating them is the least one may ask."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ class Transitions:
 
     @staticmethod
     def merge(parts: list[Transitions]) -> Transitions:
-        """Add up counts of several parts."""
+        """Add up counts of several parts, such as the ranks'."""
+        if not parts:
+            parts = [_nothing()]
         before, after, count = (np.concatenate([getattr(p, n) for p in parts]) for n in ("before", "after", "count"))
         return _summed(before, after, count)
 
@@ -47,11 +49,22 @@ def _summed(before: np.ndarray, after: np.ndarray, count: np.ndarray) -> Transit
 
 
 def count_transitions(batches: Iterable[Batch]) -> Transitions:
-    """Count the transitions into the targets of training batches."""
-    parts = [Transitions(*(np.zeros(0, np.int64) for _ in range(3)))]
+    """Count the transitions into the targets of training batches.
+
+    Args:
+        batches: Training batches; each event with a positive target weight is one transition, to the event after it.
+
+    Returns:
+        The counts, int64, each pair once.
+    """
+    parts = []
     for batch in batches:
         asked = batch.target_weight.numpy() > 0
         rows = batch.item_row.numpy()
         before, after = rows[batch.event_item.numpy()[asked]], rows[batch.next_item.numpy()[asked]]
         parts.append(_summed(before, after, np.ones(len(before), np.int64)))
     return Transitions.merge(parts)
+
+
+def _nothing() -> Transitions:
+    return Transitions(*(np.zeros(0, np.int64) for _ in range(3)))

@@ -2,7 +2,8 @@
 
     batch.features -> SparseArch (sharded lookups) -> RetrieverArch (data-parallel): item tower, extractor, objective
 
-`RetrieverArch` has no sharded descendant, so TorchRec's pipeline treats it as a leaf and it may use ordinary control flow.
+`RetrieverArch` has no sharded descendant, so TorchRec's pipeline treats it as a leaf and it may use ordinary control
+flow.
 """
 
 from __future__ import annotations
@@ -51,8 +52,10 @@ class RetrieverConfig:
         use_content: Whether content vectors are used.
         use_categoricals: Whether item and event categoricals are used.
         id_dropout: Probability of dropping an item's id embedding from its vector in training.
-        init_std: Standard deviation of the tables' initial weights; small, so that content leads until ids have learned.
-        num_gap_buckets: Buckets of the time gap between events (base-2 seconds); only where the data has absolute times.
+        init_std: Standard deviation of the tables' initial weights; small, so that content leads until ids have
+            learned.
+        num_gap_buckets: Buckets of the time gap between events (base-2 seconds), 0 for none; only where the data has
+            absolute times.
         extractor: The interest extractor.
         objective: The next-item objective.
     """
@@ -72,6 +75,9 @@ class RetrieverConfig:
             raise ValueError(f"model.width={self.width}: choose a positive multiple of 4, as FBGEMM's tables want.")
         if not 0.0 <= self.id_dropout < 1.0:
             raise ValueError(f"model.id_dropout={self.id_dropout}: choose at least 0 and below 1.")
+        for name in ("init_std", "num_gap_buckets"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"model.{name}={getattr(self, name)}: choose 0 or more.")
 
 
 class RetrieverArch(nn.Module):
@@ -99,7 +105,15 @@ class RetrieverArch(nn.Module):
         self.max_history, self.event_categoricals = max_history, event_categoricals
 
     def forward(self, looked_up: list[dict[str, JaggedTensor]], batch: Batch) -> tuple[Tensor, RetrieverOutput]:
-        """Return the loss (a zero in evaluation) and the output."""
+        """Run the data-parallel part of a step.
+
+        Args:
+            looked_up: What `SparseArch` looked up for the batch.
+            batch: The batch.
+
+        Returns:
+            The loss (a zero in evaluation) and the output.
+        """
         values = merge(looked_up)
         widths = {} if self.tower.content is None else self.tower.content.widths
         for name, width in widths.items():
@@ -138,7 +152,7 @@ class RetrieverArch(nn.Module):
 
 def _questions(states: Tensor, items: Items, batch: Batch) -> Questions:
     """The events that have a target, and the candidates."""
-    asked = torch.nonzero_static(batch.target_weight, size=batch.num_targets).squeeze(1)
+    asked = torch.nonzero_static(batch.target_weight > 0, size=batch.num_targets).squeeze(1)
     target = batch.next_item.index_select(0, asked)
     return Questions(
         states=states.index_select(0, asked),

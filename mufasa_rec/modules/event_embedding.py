@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from mufasa_rec.modules.history import Candidates, History
-from mufasa_rec.ops.jagged import last_index, sequence_ids
+from mufasa_rec.modules.modalities import ModalityProjections
+from mufasa_rec.ops.jagged import last_index, positions, sequence_ids
 
 _UNKNOWN_ACTION = 0
 
@@ -26,6 +27,7 @@ class EventEmbeddingConfig:
         content: Width of each modality's vectors.
         num_actions: Action codes, `unknown` (0) included; 0 when the data has no actions.
         num_gap_buckets: Buckets of the time gap to the event before, on a base-2 scale of seconds; 0 for no time gaps.
+            Bucket 0 is a gap below a second, and the first event that is seen of a user.
         dropout: Probability of dropping a channel of the result.
     """
 
@@ -35,18 +37,36 @@ class EventEmbeddingConfig:
     num_gap_buckets: int = 0
     dropout: float = 0.0
 
+    def __post_init__(self) -> None:
+        for name, least in (("width", 1), ("num_actions", 0), ("num_gap_buckets", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)}: choose {least} or more.")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout={self.dropout}: choose at least 0 and below 1.")
+
 
 class EventEmbedding(nn.Module):
     """Sums what is known about an event and normalises it.
 
     Args:
         config: What an event is made of.
+
+    Example:
+        >>> embedding = EventEmbedding(EventEmbeddingConfig(width=8, num_actions=3))
+        >>> history = History(
+        ...     embedded=torch.randn(3, 8),
+        ...     offsets=torch.tensor([0, 2, 3]),
+        ...     start_position=torch.zeros(2, dtype=torch.int64),
+        ...     actions=torch.tensor([1, 0, 2]),
+        ... )
+        >>> embedding(history).shape
+        torch.Size([3, 8])
     """
 
     def __init__(self, config: EventEmbeddingConfig) -> None:
         super().__init__()
         self.config = config
-        self.content = nn.ModuleDict({name: nn.Linear(p, config.width) for name, p in config.content.items()})
+        self.content = ModalityProjections(config.content, config.width) if config.content else None
         self.action = nn.Embedding(config.num_actions, config.width) if config.num_actions else None
         self.gap = nn.Embedding(config.num_gap_buckets, config.width) if config.num_gap_buckets else None
         for table in (self.action, self.gap):
@@ -56,22 +76,45 @@ class EventEmbedding(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, history: History) -> Tensor:
-        """Return the events' vectors, `[L, E]`.
+        """Embed the events.
+
+        Args:
+            history: The events.
+
+        Returns:
+            Their vectors, `[L, E]`.
 
         Raises:
-            ValueError: When a modality, the actions or the times that the model was built with are missing.
+            ValueError: When the width differs, a modality, the actions or the times that the model was built with are
+                missing, or (on a CPU) an action code is unknown to it.
         """
-        x = history.embedded + self._content(history.content, history.present)
+        x = self._sum("History", history)
         if self.action is not None:
-            x = x + self.action(_required(history.actions, "History.actions", "num_actions"))
+            x = x + self.action(self._known(_required(history.actions, "History.actions", "num_actions")))
         if self.gap is not None:
             times = _required(history.timestamps_ms, "History.timestamps_ms", "num_gap_buckets")
             x = x + self.gap(self._gap_bucket(_gaps(times, history.offsets)))
         return self.dropout(self.norm(x))
 
     def embed_candidates(self, history: History, candidates: Candidates) -> Tensor:
-        """Return the candidates' vectors, `[C, E]`: action `unknown`, gap from the newest event to the request."""
-        x = candidates.embedded + self._content(candidates.content, candidates.present)
+        """Embed the candidates: action `unknown`, time gap from the user's newest event to the request.
+
+        Args:
+            history: The users' events.
+            candidates: The candidates of the same users.
+
+        Returns:
+            Their vectors, `[C, E]`.
+
+        Raises:
+            ValueError: When the users are not as many, or something that the model was built with is missing.
+        """
+        if candidates.offsets.shape != history.offsets.shape:
+            raise ValueError(
+                f"Candidates.offsets: {candidates.offsets.numel() - 1} users, but History has "
+                f"{history.offsets.numel() - 1}; give every user an entry, empty where there are no candidates."
+            )
+        x = self._sum("Candidates", candidates)
         if self.action is not None:
             x = x + self.action.weight[_UNKNOWN_ACTION]
         if self.gap is not None:
@@ -84,25 +127,32 @@ class EventEmbedding(nn.Module):
             x = x + self.gap(self._gap_bucket(torch.where(empty, 0, request - last)))
         return self.dropout(self.norm(x))
 
-    def _content(self, content: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> Tensor | float:
-        """Sum of the projected modalities; a missing one adds nothing, whatever numbers stand in its place."""
-        total: Tensor | float = 0.0
-        for name, projection in self.content.items():
-            if name not in content:
+    def _sum(self, owner: str, rows: History | Candidates) -> Tensor:
+        """Ids and categoricals plus the projected modalities; a missing one adds nothing."""
+        if rows.embedded.shape[1] != self.config.width:
+            raise ValueError(
+                f"{owner}.embedded: width {rows.embedded.shape[1]}, but the extractor was built for "
+                f"{self.config.width}; look the ids up in tables of that width."
+            )
+        x = rows.embedded.to(self.norm.weight.dtype)
+        return x if self.content is None else x + self.content(rows.content, rows.present)[0]
+
+    def _known(self, actions: Tensor) -> Tensor:
+        """Refuse unknown codes where looking costs nothing."""
+        if actions.device.type == "cpu" and len(actions) and not torch.compiler.is_compiling():
+            low, high = (int(x) for x in actions.aminmax())
+            if low < 0 or high >= self.config.num_actions:
                 raise ValueError(
-                    f"content[{name!r}]: missing; the model was built with modalities {list(self.content)}."
+                    f"History.actions: codes from {low} to {high}, but the extractor was built with num_actions="
+                    f"{self.config.num_actions}; code an unknown action as 0."
                 )
-            vectors = content[name]
-            if name in present:
-                vectors = torch.where(present[name][:, None], vectors, torch.zeros((), dtype=vectors.dtype))
-                total = total + projection(vectors) * present[name][:, None]
-            else:
-                total = total + projection(vectors)
-        return total
+        return actions
 
     def _gap_bucket(self, gap_ms: Tensor) -> Tensor:
-        seconds = gap_ms.clamp(min=0).to(torch.float32) / 1000.0
-        return torch.log2(1.0 + seconds).to(torch.int64).clamp(max=self.config.num_gap_buckets - 1)
+        """Bucket `floor(log2(1 + seconds))` of each gap, the last one open; a clock that went back counts as no gap."""
+        seconds = gap_ms.clamp(min=0).to(torch.float64) / 1000.0
+        bucket = torch.frexp(1.0 + seconds).exponent - 1  # exact at powers of two, where a log2 may round down
+        return bucket.to(torch.int64).clamp(max=self.config.num_gap_buckets - 1)
 
 
 def _gaps(times: Tensor, offsets: Tensor) -> Tensor:
@@ -110,8 +160,7 @@ def _gaps(times: Tensor, offsets: Tensor) -> Tensor:
     if not len(times):
         return times
     gap = torch.diff(times, prepend=times[:1])
-    starts = offsets[:-1][offsets[1:] > offsets[:-1]]
-    return gap.index_fill(0, starts, 0)
+    return gap.masked_fill(positions(offsets, len(times)) == 0, 0)
 
 
 def _required(tensor: Tensor | None, field_name: str, because: str) -> Tensor:

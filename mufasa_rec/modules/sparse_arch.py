@@ -1,7 +1,7 @@
-"""The sharded part: embedding tables for ids and categoricals, and the frozen content vectors, looked up in one forward.
+"""The sharded part: tables of ids and categoricals, and the frozen content vectors, all looked up in one forward.
 
-This is the only module with sharded descendants. Everything in its `forward` is traced by TorchRec's pipeline: it hands the batch's
-finished KeyedJaggedTensor to each collection, as it is.
+This is the only module with sharded descendants. Everything in its `forward` is traced by TorchRec's pipeline: it hands
+the batch's finished KeyedJaggedTensor to each collection, as it is.
 """
 
 from __future__ import annotations
@@ -31,6 +31,10 @@ class TableConfig:
     name: str
     num_embeddings: int
 
+    def __post_init__(self) -> None:
+        if self.num_embeddings < 1:
+            raise ValueError(f"table {self.name!r}: num_embeddings={self.num_embeddings}; a table has 1 row or more.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ContentTableConfig:
@@ -45,6 +49,10 @@ class ContentTableConfig:
     modality: str
     num_embeddings: int
     width: int
+
+    def __post_init__(self) -> None:
+        if self.width < 1:
+            raise ValueError(f"modality {self.modality!r}: width={self.width}; a vector has 1 number or more.")
 
     @property
     def padded_width(self) -> int:
@@ -82,10 +90,15 @@ class SparseArch(nn.Module):
         )
 
     def forward(self, features: KeyedJaggedTensor) -> list[dict[str, JaggedTensor]]:
-        """Look up every feature; returns one dict per collection, feature to JaggedTensor, content ones without gradient.
+        """Look up every feature.
 
-        The dicts are left apart because under TorchRec's tracer they are promises that cannot be looked into; `merge` joins
-        them where the tracer does not look.
+        Args:
+            features: Ids of every feature of every table.
+
+        Returns:
+            One dict per collection, feature to JaggedTensor, those of content in fp16 and without gradient. They are
+            left apart because under TorchRec's tracer they are promises that cannot be looked into; `merge` joins them
+            where the tracer does not look.
         """
         looked_up = [self.ids(features)]
         with torch.no_grad():

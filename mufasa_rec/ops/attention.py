@@ -6,103 +6,169 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mufasa_rec.ops.jagged import GroupPlan
+from mufasa_rec.ops.jagged import GroupPlan, PaddedGroup
 
 
-def rotary(x: Tensor, position: Tensor, *, base: float = 10_000.0) -> Tensor:
-    """Rotate pairs of channels by an angle that grows with the position (RoPE, arXiv 2104.09864).
+def rotation(position: Tensor, width: int, *, base: float = 10_000.0) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the rotary angles (RoPE, arXiv 2104.09864), to be shared by all layers.
+
+    The angles are formed in float64: in fp32 that of position 100,000 is off by 0.004, and would not be relative.
 
     Args:
-        x: Queries or keys, `[L, H, D]`, D even.
         position: Position of each row in its user's stream, `[L]`.
+        width: Head width `D`, even.
         base: Longest wavelength over 2 pi.
 
     Returns:
-        Rotated rows, `[L, H, D]`.
+        Cosines and sines, each `[L, D / 2]` fp32.
+
+    Raises:
+        ValueError: When the width is odd.
+    """
+    if width % 2:
+        raise ValueError(f"width={width}: rotary positions turn pairs of channels; choose an even head width.")
+    half = width // 2
+    frequency = base ** (-torch.arange(half, device=position.device, dtype=torch.float64) / half)
+    angle = position.to(torch.float64)[:, None] * frequency
+    return angle.cos().float(), angle.sin().float()
+
+
+def rotate(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn the channel pairs `(i, i + D / 2)` of rows by the angles of `rotation`, in fp32.
+
+    Args:
+        x: Queries or keys, `[L, ..., D]`.
+        turn: Cosines and sines, each `[L, D / 2]`.
+
+    Returns:
+        Rotated rows, of the shape and dtype of `x`.
     """
     half = x.shape[-1] // 2
-    frequency = base ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
-    angle = position.to(torch.float32)[:, None] * frequency  # [L, D/2]
-    cos, sin = angle.cos()[:, None].to(x.dtype), angle.sin()[:, None].to(x.dtype)
+    shape = (len(x), *(1 for _ in x.shape[1:-1]), half)
+    cos, sin = turn[0].view(shape), turn[1].view(shape)
     left, right = x[..., :half], x[..., half:]
-    return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
+    return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1).to(x.dtype)
 
 
-def causal_attention(qkv: Tensor, plan: GroupPlan, *, bias: Tensor | None = None, dropout: float = 0.0) -> Tensor:
+def rotary(x: Tensor, position: Tensor, *, base: float = 10_000.0) -> Tensor:
+    """Rotate queries or keys `[L, H, D]` by their positions `[L]`; see `rotation` and `rotate`.
+
+    The product of a rotated query and a rotated key depends on the difference of their positions alone.
+
+    Example:
+        >>> q, k = torch.randn(2, 1, 1, 8)
+        >>> near = rotary(q, torch.tensor([5])) * rotary(k, torch.tensor([2]))
+        >>> far = rotary(q, torch.tensor([905])) * rotary(k, torch.tensor([902]))
+        >>> torch.allclose(near.sum(), far.sum(), atol=1e-5)
+        True
+    """
+    return rotate(x, rotation(position, x.shape[-1], base=base))
+
+
+def causal_attention(qkv: Tensor, plan: GroupPlan, *, bias: Tensor | None = None) -> Tensor:
     """Softmax attention of every event over itself and the earlier events of its sequence.
 
     Args:
         qkv: Queries, keys and values, `[L, 3, H, D]`.
         plan: Padded groups of the batch, from `plan_groups`.
         bias: Added to the logits by distance into the past, `[H, N]` with N at least the longest sequence; or None.
-        dropout: Probability of dropping an attention weight.
 
     Returns:
-        Attended values, `[L, H, D]`.
+        Attended values, `[L, H, D]`. A batch without events still connects `qkv` and `bias` to the graph, so that
+        data-parallel training sees a gradient (of zeros) for every parameter.
+
+    Raises:
+        ValueError: When `bias` has fewer distances than the longest sequence has events.
+
+    Example:
+        >>> from mufasa_rec.ops.jagged import plan_groups
+        >>> qkv = torch.randn(5, 3, 2, 4)
+        >>> out = causal_attention(qkv, plan_groups(torch.tensor([0, 1, 5]), 5))
+        >>> torch.allclose(out[:2], qkv[:2, 2])  # the first event of a sequence sees itself alone
+        True
     """
     _, _, heads, width = qkv.shape
     if not plan.groups:
-        return qkv[:, 2] + 0.0 * qkv.sum()
+        return qkv[:, 2] if bias is None else qkv[:, 2] + bias[:0].sum()
     outputs = []
     for group in plan.groups:
         size, length = group.gather.shape
         padded = qkv.index_select(0, group.gather.reshape(-1)).view(size, length, 3, heads, width)
         q, k, v = padded.permute(2, 0, 3, 1, 4)  # each [b, H, n, D]
-        mask = None if bias is None else _distance_mask(bias, length).to(q.dtype)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
+        mask = None if bias is None else _causal_mask(bias, length).to(q.dtype)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         outputs.append(out.transpose(1, 2).reshape(size * length, heads, width))
     return torch.cat(outputs).index_select(0, plan.restore)
 
 
-def _distance_mask(bias: Tensor, length: int) -> Tensor:
-    """Additive causal mask `[H, n, n]` from a bias by distance `[H, N]`."""
-    step = torch.arange(length, device=bias.device)
-    distance = step[:, None] - step[None]
-    mask = bias[:, distance.clamp(min=0).reshape(-1)].view(-1, length, length)
-    return mask.masked_fill(distance < 0, float("-inf"))
-
-
 def candidate_attention(
-    query: Tensor, key: Tensor, value: Tensor, history_kv: Tensor, owner: Tensor, plan: GroupPlan, bias: Tensor | None
+    qkv: Tensor, history_kv: Tensor, owner: Tensor, plan: GroupPlan, *, bias: Tensor | None = None
 ) -> Tensor:
     """Attention of candidates, each over its user's whole history and itself, and over nothing else.
 
+    Each candidate reads a copy of its user's padded keys and values, `C x N` rows in all: right for a few candidates
+    per user, as a ranker has, and not for scoring a catalog.
+
     Args:
-        query: Candidate queries, `[C, H, D]`.
-        key: Candidate keys, `[C, H, D]`.
-        value: Candidate values, `[C, H, D]`.
+        qkv: Queries, keys and values of the candidates, `[C, 3, H, D]`.
         history_kv: Keys and values of the events, `[L, 2, H, D]`.
         owner: User of each candidate, `[C]`.
         plan: Padded groups of the histories.
-        bias: Bias by distance, `[H, N + 1]`, the candidate being one step after the newest event; or None.
+        bias: Bias by distance, `[H, N]` with N above the longest sequence, the candidate being one step after the
+            newest event; or None.
 
     Returns:
-        Attended values, `[C, H, D]`; a candidate of a user without history attends to itself alone.
+        Attended values, `[C, H, D]`; a candidate of a user without history gets its own value.
+
+    Raises:
+        ValueError: When `bias` has too few distances.
     """
-    count, heads, width = query.shape
-    scale = width**-0.5
-    own = (query * key).sum(-1, keepdim=True) * scale  # [C, H, 1]
+    result = qkv[:, 2] + history_kv[:0].sum()  # keeps every parameter in the graph, without reading a value
     if bias is not None:
-        own = own + bias[None, :, :1]
-    result = value + 0.0 * (own + history_kv.sum())
+        result = result + bias[:0].sum()
     for group in plan.groups:
-        size, length = group.gather.shape
+        if len(group.sequences) == plan.num_sequences and owner.device.type != "cpu":
+            result = _attend(qkv, history_kv, owner, group, bias)  # `nonzero` would wait for the device
+            break
         place = torch.full((plan.num_sequences,), -1, dtype=torch.int64, device=owner.device)
-        place[group.sequences] = torch.arange(size, device=owner.device)
+        place[group.sequences] = torch.arange(len(group.sequences), device=owner.device)
         row = place[owner]
         mine = torch.nonzero(row >= 0).squeeze(1)
-        if not len(mine):
-            continue
-        row = row[mine]
-        kv = history_kv.index_select(0, group.gather.reshape(-1)).view(size, length, 2, heads, width)
-        k, v = kv[row, :, 0], kv[row, :, 1]  # [c, n, H, D]
-        logits = torch.einsum("chd,cnhd->chn", query[mine], k) * scale
-        valid = group.valid[row]
-        if bias is not None:
-            distance = valid.sum(1, keepdim=True) - torch.arange(length, device=owner.device)
-            logits = logits + bias.t()[distance.clamp(min=0)].transpose(1, 2)
-        logits = logits.masked_fill(~valid[:, None], float("-inf"))
-        weight = torch.softmax(torch.cat([logits, own[mine]], dim=-1), dim=-1)
-        out = torch.einsum("chn,cnhd->chd", weight[..., :-1], v) + weight[..., -1:] * value[mine]
-        result = result.index_copy(0, mine, out.to(result.dtype))
+        if len(mine):
+            out = _attend(qkv[mine], history_kv, row[mine], group, bias)
+            result = result.index_copy(0, mine, out.to(result.dtype))
     return result
+
+
+def _attend(qkv: Tensor, history_kv: Tensor, row: Tensor, group: PaddedGroup, bias: Tensor | None) -> Tensor:
+    """Candidates `[c, 3, H, D]` over the histories `row [c]` of a group and over themselves, `[c, H, D]`."""
+    (size, length), (_, _, heads, width) = group.gather.shape, qkv.shape
+    padded = history_kv.index_select(0, group.gather.reshape(-1)).view(size, length, 2, heads, width)
+    keys = torch.cat([padded[row], qkv[:, None, 1:]], dim=1)  # [c, n + 1, 2, H, D], itself last
+    k, v = keys.permute(2, 0, 3, 1, 4)  # each [c, H, n + 1, D]
+    valid = F.pad(group.valid[row], (0, 1), value=True)
+    mask = valid[:, None, None]
+    if bias is not None:
+        _check_distances(bias, length + 1)
+        step = torch.arange(length + 1, device=row.device)
+        distance = (valid.sum(1, keepdim=True) - 1 - step).clamp(min=0)  # itself: 0, the newest event: 1
+        added = bias.index_select(1, distance.reshape(-1)).view(heads, len(row), 1, length + 1).transpose(0, 1)
+        mask = added.masked_fill(~mask, float("-inf")).to(qkv.dtype)
+    return F.scaled_dot_product_attention(qkv[:, 0, :, None], k, v, attn_mask=mask).squeeze(2)
+
+
+def _causal_mask(bias: Tensor, length: int) -> Tensor:
+    """Additive causal mask `[H, n, n]` from a bias by distance `[H, N]`."""
+    _check_distances(bias, length)
+    step = torch.arange(length, device=bias.device)
+    distance = step[:, None] - step[None]
+    mask = bias.index_select(1, distance.clamp(min=0).reshape(-1)).view(-1, length, length)
+    return mask.masked_fill(distance < 0, float("-inf"))
+
+
+def _check_distances(bias: Tensor, needed: int) -> None:
+    if bias.shape[1] < needed:
+        raise ValueError(
+            f"bias: {bias.shape[1]} distances, but the longest sequence needs {needed}; build the extractor with a "
+            f"max_history of at least {needed}."
+        )

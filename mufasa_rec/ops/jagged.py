@@ -1,7 +1,7 @@
 """Jagged tensors: sequences of different length laid end to end, `values [L, ...]` with `offsets [B + 1]`.
 
-Attention wants rectangles. `plan_groups` sorts the sequences by length and cuts them into groups, each padded only to its own
-longest sequence, so that a batch of very different lengths does not pay for its longest one.
+Attention wants rectangles. `plan_groups` sorts the sequences by length and cuts them into groups, each padded only to
+its own longest sequence, so that a batch of very different lengths does not pay for its longest one.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ class PaddedGroup:
 
     Attributes:
         sequences: Which sequences, `[b]` int64.
-        gather: Event read at each place, `[b, n]` int64. A place behind the end of its sequence reads the sequence's last
-            event: with a causal mask no valid query sees it, and its own output is never read.
+        gather: Event read at each place, `[b, n]` int64. A place behind the end of its sequence reads the sequence's
+            last event: with a causal mask no valid query sees it, and its own output is never read.
         valid: Whether a place holds an event, `[b, n]` bool.
     """
 
@@ -33,7 +33,8 @@ class GroupPlan:
     """How the events of a jagged batch go into padded groups and back.
 
     Attributes:
-        groups: The groups; sequences without events are in none.
+        groups: The groups; none in a batch without events. On a CPU sequences without events are in none; elsewhere
+            one group holds every sequence, in order.
         restore: Place of each event in the concatenation of the groups' flattened places, `[L]` int64.
         num_places: Padded places in all groups; `1 - L / num_places` is the padding share.
         num_sequences: Sequences in the batch, empty ones included.
@@ -46,18 +47,33 @@ class GroupPlan:
 
 
 def lengths_of(offsets: Tensor) -> Tensor:
-    """Lengths `[B]` of the sequences that `offsets [B + 1]` delimits."""
+    """Lengths `[B]` of the sequences that `offsets [B + 1]` delimits.
+
+    Example:
+        >>> lengths_of(torch.tensor([0, 2, 2, 5])).tolist()
+        [2, 0, 3]
+    """
     return offsets[1:] - offsets[:-1]
 
 
 def sequence_ids(offsets: Tensor, num_events: int) -> Tensor:
-    """Sequence that each of the `num_events` events belongs to, `[L]` int64."""
+    """Sequence that each of the `num_events` events belongs to, `[L]` int64.
+
+    Example:
+        >>> sequence_ids(torch.tensor([0, 2, 2, 5]), 5).tolist()
+        [0, 0, 2, 2, 2]
+    """
     index = torch.arange(offsets.numel() - 1, device=offsets.device)
     return torch.repeat_interleave(index, lengths_of(offsets), output_size=num_events)
 
 
 def positions(offsets: Tensor, num_events: int) -> Tensor:
-    """Position of each event inside its sequence, `[L]` int64, counted from 0."""
+    """Position of each event inside its sequence, `[L]` int64, counted from 0.
+
+    Example:
+        >>> positions(torch.tensor([0, 2, 2, 5]), 5).tolist()
+        [0, 1, 0, 1, 2]
+    """
     starts = offsets[:-1].index_select(0, sequence_ids(offsets, num_events))
     return torch.arange(num_events, device=offsets.device) - starts
 
@@ -71,8 +87,8 @@ def plan_groups(offsets: Tensor, num_events: int, *, max_groups: int = 6, max_le
     """Group sequences of similar length for padded attention.
 
     The cuts minimise the padded places greedily: sequences are sorted by length and a new group begins where that saves
-    most. On an accelerator reading the lengths would wait for the device, so there all sequences form one group, padded to
-    `max_length`.
+    most. On an accelerator reading the lengths would wait for the device, so there all sequences form one group, padded
+    to `max_length`, and nothing about the values of `offsets` can be checked.
 
     Args:
         offsets: Offsets of the sequences, `[B + 1]` int64.
@@ -84,18 +100,37 @@ def plan_groups(offsets: Tensor, num_events: int, *, max_groups: int = 6, max_le
         The plan, on the device of `offsets`.
 
     Raises:
-        ValueError: Off the CPU without `max_length`.
+        ValueError: Off the CPU without `max_length`; on a CPU when `offsets` do not end at `num_events` or a sequence
+            is longer than `max_length`.
+
+    Example:
+        >>> plan = plan_groups(torch.tensor([0, 1, 1, 6]), 6)
+        >>> [group.gather.tolist() for group in plan.groups]
+        [[[1, 2, 3, 4, 5]], [[0]]]
+        >>> plan.restore.tolist(), plan.num_places
+        ([5, 0, 1, 2, 3, 4], 6)
     """
+    if max_groups < 1:
+        raise ValueError(f"max_groups={max_groups}: choose 1 or more.")
     num_sequences = offsets.numel() - 1
     if offsets.device.type != "cpu":
         if max_length is None:
             raise ValueError("max_length=None: an accelerator needs an upper bound of the lengths; pass max_length.")
+        if not num_events:
+            return _plan(offsets, 0, [], [])
         everyone = torch.arange(num_sequences, device=offsets.device)
         return _plan(offsets, num_events, [everyone], [max_length])
     lengths = lengths_of(offsets)
+    if int(offsets[-1]) != num_events:
+        raise ValueError(f"offsets: end at {int(offsets[-1])}, but there are {num_events} events; they must agree.")
     order = torch.argsort(lengths, descending=True, stable=True)
     order = order[: int((lengths > 0).sum())]
     longest = lengths[order]
+    if max_length is not None and len(longest) and int(longest[0]) > max_length:
+        raise ValueError(
+            f"max_length={max_length}: the longest sequence has {int(longest[0])} events; keep the newest {max_length} "
+            "of each, or raise the bound (an extractor's max_history)."
+        )
     cuts = _cuts(longest, max_groups)
     members = [order[a:b] for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
     return _plan(offsets, num_events, members, [int(longest[a]) for a in cuts[:-1]])

@@ -1,8 +1,9 @@
 """Next-item softmax over many candidates without keeping the `[T, N]` scores.
 
-The scores of 25,000 events against 4,000 items are 400 MB; written, read and written again by softmax and backward they cost
-more than the matrix products. So both functions walk over chunks of queries that fit the cache and form the gradients in the
-same pass (the loss is a weighted sum, so its gradient is known up to one factor before backward begins).
+The scores of 25,000 events against 4,000 items are 400 MB; written, read and written again by softmax and backward they
+cost more than the matrix products. So both functions walk over chunks of queries that fit the cache and form the
+gradients in the same pass (the loss is a weighted sum, so its gradient is known up to one factor before backward
+begins).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 _CHUNK_ELEMENTS = 1 << 19  # scores of one chunk: 2 MB in fp32, within a core's caches
 _LOG2E = 1.4426950408889634  # scores are kept in powers of two: exp2 is four times as fast as exp on a CPU
@@ -24,10 +26,13 @@ def full_softmax_loss(query: Tensor, vectors: Tensor, target: Tensor, weight: Te
         query: User states times inverse temperature, `[T, D]`.
         vectors: Vectors of all items that may be recommended, `[N, D]`.
         target: Row of `vectors` that is the positive of each query, `[T]` int64.
-        weight: Weight of each query, `[T]`.
+        weight: Weight of each query, `[T]`; it gets no gradient.
 
     Returns:
-        The sum over queries of `weight * (logsumexp(scores) - positive score)`, a scalar in fp32.
+        The sum over queries of `weight * (logsumexp(scores) - positive score)`, a scalar in fp32; 0 without queries.
+
+    Raises:
+        ValueError: When the shapes do not fit together, or there are queries but no vectors.
 
     Example:
         >>> q, v = torch.randn(5, 4), torch.randn(7, 4)
@@ -36,6 +41,9 @@ def full_softmax_loss(query: Tensor, vectors: Tensor, target: Tensor, weight: Te
         >>> torch.allclose(full_softmax_loss(q, v, t, w), expected, atol=1e-5)
         True
     """
+    _check_shapes(query, {"vectors": vectors}, {"target": target, "weight": weight})
+    if len(query) and not len(vectors):
+        raise ValueError(f"vectors: none for {len(query)} queries; a full softmax needs the items' vectors.")
     low = _low_precision(query.device.type)
     with torch.autocast(query.device.type, enabled=False):
         return _FullSoftmax.apply(query.float(), vectors.float(), target, weight.float(), low)
@@ -52,21 +60,35 @@ def sampled_softmax_loss(
 ) -> Tensor:
     """Weighted sum of cross-entropies of a positive among sampled negatives, log-Q corrected.
 
-    Source: methods of the sampled softmax; the correction subtracts the log of the expected *number* of times an item is
-    among the step's negatives, and from the negatives only.
+    The correction subtracts the log of the expected *number* of times an item is among the step's negatives, and from
+    the negatives only: then `exp(positive) + sum of exp(negatives)` has the full softmax's partition sum as its mean.
 
     Args:
         query: User states times inverse temperature, `[T, D]`.
         positive: Vector of each query's positive, `[T, D]`.
         candidates: Vectors of the negatives, shared by all queries, `[N, D]`.
-        bias: Added to each negative's score, `-log Q`, `[N]`.
+        bias: Added to each negative's score, `-log Q`, `[N]`; it gets no gradient.
         target_id: Item of each positive, `[T]` int64.
-        candidate_id: Item of each negative, `[N]` int64; a negative equal to a query's positive is dropped for that query.
-        weight: Weight of each query, `[T]`.
+        candidate_id: Item of each negative, `[N]` int64; a negative equal to a query's positive is dropped for that
+            query.
+        weight: Weight of each query, `[T]`; it gets no gradient.
 
     Returns:
-        The weighted sum, a scalar in fp32.
+        The weighted sum, a scalar in fp32; a query all of whose negatives are dropped adds 0.
+
+    Raises:
+        ValueError: When the shapes do not fit together.
+
+    Example:
+        >>> q, p, n = torch.randn(5, 4), torch.randn(5, 4), torch.randn(3, 4)
+        >>> bias, ids, ones = torch.tensor([0.1, 0.2, 0.3]), torch.arange(5), torch.ones(5)
+        >>> loss = sampled_softmax_loss(q, p, n, bias, ids, torch.tensor([7, 8, 9]), ones)
+        >>> scores = torch.cat([(q * p).sum(1, keepdim=True), q @ n.T + bias], dim=1)
+        >>> torch.allclose(loss, -scores.log_softmax(1)[:, 0].sum(), atol=1e-5)
+        True
     """
+    _check_shapes(query, {"candidates": candidates}, {"positive": positive, "target_id": target_id, "weight": weight})
+    _check_shapes(candidates, {"positive": positive}, {"bias": bias, "candidate_id": candidate_id})
     low = _low_precision(query.device.type)
     with torch.autocast(query.device.type, enabled=False):
         return _SampledSoftmax.apply(
@@ -105,13 +127,14 @@ class _FullSoftmax(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         return (*(g * grad for g in ctx.saved_tensors), None, None, None)
 
 
 class _SampledSoftmax(torch.autograd.Function):
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0913  autograd sees tensors only as arguments of their own
         ctx: Any,
         query: Tensor,
         positive: Tensor,
@@ -147,6 +170,7 @@ class _SampledSoftmax(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         return (*(g * grad for g in ctx.saved_tensors), None, None, None, None, None)
 
@@ -157,10 +181,10 @@ def _low_precision(device_type: str) -> bool:
 
 
 def _gradient_product(query: Tensor, vectors: Tensor, low: bool) -> Callable[[Tensor, slice, Tensor, Tensor], None]:
-    """How a chunk's score gradient becomes the gradients of queries and vectors: in bf16 under bf16 autocast, else fp32.
+    """How a chunk's score gradient becomes those of queries and vectors: in bf16 under bf16 autocast, else fp32.
 
-    The scores themselves are always fp32: in bf16 a score of 20 is rounded to steps of 1/8, which no softmax forgives. The
-    two products of the backward tolerate it (0.2 % of the gradient's norm) and run 3 times as fast.
+    The scores themselves are always fp32: in bf16 a score of 20 is rounded to steps of 1/8, which no softmax forgives.
+    The two products of the backward tolerate it (0.2 % of the gradient's norm) and run 3 times as fast.
     """
     if not low:
 
@@ -183,3 +207,13 @@ def _chunks(num_queries: int, num_candidates: int) -> list[slice]:
     """Slices of queries whose scores fit `_CHUNK_ELEMENTS`."""
     size = max(16, _CHUNK_ELEMENTS // max(1, num_candidates))
     return [slice(a, min(a + size, num_queries)) for a in range(0, num_queries, size)]
+
+
+def _check_shapes(rows: Tensor, same_width: dict[str, Tensor], same_length: dict[str, Tensor]) -> None:
+    """Check shapes against the `[n, D]` of `rows`: one D, one entry per row."""
+    for name, tensor in same_width.items():
+        if tensor.shape[1:] != rows.shape[1:]:
+            raise ValueError(f"{name}: shape {tuple(tensor.shape)} beside {tuple(rows.shape)}; the widths must agree.")
+    for name, tensor in same_length.items():
+        if len(tensor) != len(rows):
+            raise ValueError(f"{name}: {len(tensor)} entries for {len(rows)} rows; give one for each.")
