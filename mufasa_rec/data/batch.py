@@ -1,9 +1,9 @@
 """A finished batch: everything that a training or evaluation step reads, in tensors that need no further preparation.
 
 The ids of a batch are looked up once per *distinct item*: events, targets and negatives refer to the batch's items by
-index. On a catalog with popular items that saves most of the lookups, the exchange between ranks and the projection of content
-vectors. `features` is complete here because a KeyedJaggedTensor that is built or changed above a sharded module is silently
-not pipelined.
+index. On a catalog with popular items that saves most of the lookups, the exchange between ranks and the projection of
+content vectors. `features` is complete here because a KeyedJaggedTensor that is built or changed above a sharded
+module is silently not pipelined.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
-ITEM = "item"  # feature of item ids; item categorical c is `item.c`, modality m is `content.m`, event categorical c is `event.c`
+# Feature of item ids; item categorical c is `item.c`, modality m is `content.m`, event categorical c is `event.c`.
+ITEM = "item"
 
 
 @dataclass
@@ -25,8 +26,8 @@ class Batch(Pipelineable):
     """One rank's share of a step. `U` batch items, `L` events, `B` rows, `C` candidates.
 
     Attributes:
-        features: Ids to look up, one list per feature (stride 1): item features have `U` ids (multi-valued ones more), event
-            features `L`.
+        features: Ids to look up, one list per feature (stride 1): item features have `U` ids (multi-valued ones more),
+            event features `L`.
         item_row: Row of each batch item in the item store, `[U]`.
         event_item: Batch item of each history event, `[L]`.
         next_item: Batch item of the event after each history event, `[L]`: what its state is asked to predict.
@@ -77,7 +78,7 @@ class Batch(Pipelineable):
         return len(self.event_item)
 
     def _map(self, change: Callable[[Any], Any]) -> Batch:
-        values = {}
+        values: dict[str, Any] = {}
         for entry in fields(self):
             value = getattr(self, entry.name)
             if isinstance(value, dict):

@@ -1,6 +1,7 @@
-"""Rows to a finished batch: slices of Arrow memory become item rows, embedding keys and a KeyedJaggedTensor, without a loop over rows.
+"""Rows to a finished batch: slices of Arrow memory become item rows, embedding keys and a KeyedJaggedTensor.
 
-A batch's rows come from several row groups (one or two per virtual reader); the loops here are over those, and over features.
+A batch's rows come from several row groups (one or two per virtual reader); the loops here are over those and over
+features, none is over rows.
 """
 
 from __future__ import annotations
@@ -61,20 +62,21 @@ def cut_windows(pieces: Sequence[tuple[RowGroup, np.ndarray]], max_history: int 
     Returns:
         The windows, rows in the order of the pieces.
     """
-    columns: dict[str, list[np.ndarray]] = {}
-    parts: list[tuple[np.ndarray, ...]] = []
-    for group, rows in pieces:
-        end = group.history_end[rows]
-        start = np.zeros_like(end) if max_history is None else np.maximum(end - (max_history + 1), 0)
-        size = end - start
-        index = np.repeat(group.stream_start[rows] + start, size) + ragged_arange(size)
-        for name, values in group.columns.items():
-            columns.setdefault(name, []).append(values[index])
-        target_from = np.maximum(group.target_from[rows] - start, 0)
-        parts.append((size, start, target_from, group.user[rows], group.row_id[rows]))
-    lengths, start, target_from, user, row_id = (np.concatenate(part) for part in zip(*parts, strict=True))
-    joined = {name: np.concatenate(values) for name, values in columns.items()}
-    return Windows(joined, lengths, start, target_from, user, row_id)
+    fields = ("history_end", "stream_start", "target_from", "user", "row_id")
+    chosen = [[getattr(group, name)[rows] for name in fields] for group, rows in pieces]
+    end, stream_start, target_from, user, row_id = (np.concatenate(part) for part in zip(*chosen, strict=True))
+    start = np.zeros_like(end) if max_history is None else np.maximum(end - (max_history + 1), 0)
+    lengths = end - start
+    index = np.repeat(stream_start + start, lengths) + ragged_arange(lengths)
+    last_rows = np.cumsum([len(rows) for _, rows in pieces])
+    borders = np.r_[0, np.cumsum(lengths)][np.r_[0, last_rows]].tolist()
+    columns = {}
+    for name, like in pieces[0][0].columns.items():
+        columns[name] = values = np.empty(len(index), like.dtype)
+        for (group, _), a, b in zip(pieces, borders[:-1], borders[1:], strict=True):
+            # Clipping changes nothing (rows were checked when they were read) and spares numpy a buffer.
+            np.take(group.columns[name], index[a:b], out=values[a:b], mode="clip")
+    return Windows(columns, lengths, start, np.maximum(target_from - start, 0), user, row_id)
 
 
 def distinct(rows: np.ndarray, num_items: int) -> tuple[np.ndarray, np.ndarray]:
@@ -93,7 +95,7 @@ def distinct(rows: np.ndarray, num_items: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def item_features(catalog: ItemLookup, rows: np.ndarray) -> tuple[dict[str, np.ndarray], dict, dict]:
-    """Lookups of the items `rows [U]`: ids by feature, presence by modality, value counts by multi-valued categorical."""
+    """Lookups of items `rows [U]`: ids by feature, presence by modality, value counts by multi-valued categorical."""
     ids = {ITEM: catalog.keys[rows]}
     counts: dict[str, torch.Tensor] = {}
     present: dict[str, torch.Tensor] = {}

@@ -1,4 +1,4 @@
-"""Everything about items that a batch needs, resolved to item-store rows once: embedding keys, content rows, availability.
+"""All about items that a batch needs, resolved to item-store rows once: embedding keys, content rows, availability.
 
 Training rows keep raw ids. Here is the one place where a raw id becomes an item row, and an item row an embedding key.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from mufasa_rec.data import paths
@@ -138,15 +138,19 @@ def split_of(manifest: DatasetManifest, dataset: paths.Location, name: str) -> t
     split = SplitManifest.load(dataset, name)
     if ref.hash != split.hash:
         raise ValueError(
-            f"splits/{name}: dataset.json pins hash {ref.hash}, split.json says {split.hash}; prepare the data set again."
+            f"splits/{name}: dataset.json pins hash {ref.hash}, split.json says {split.hash}; prepare the data set "
+            "again."
         )
     return ref, split
 
 
 def _load(file: paths.Location) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Tensors and metadata of a safetensors file."""
-    with safe_open(paths.local_copy(file), framework="numpy") as handle:
-        return {name: handle.get_tensor(name) for name in handle.keys()}, dict(handle.metadata() or {})
+    try:
+        with safe_open(paths.local_copy(file), framework="numpy") as handle:
+            return {name: handle.get_tensor(name) for name in list(handle.keys())}, dict(handle.metadata() or {})
+    except SafetensorError as error:
+        raise ValueError(f"{file}: not a whole safetensors file ({error}); write it again.") from error
 
 
 def _read_counts(dataset: paths.Location, split: SplitManifest, num_items: int) -> np.ndarray:
@@ -155,11 +159,12 @@ def _read_counts(dataset: paths.Location, split: SplitManifest, num_items: int) 
     tensors, metadata = _load(file)
     if metadata.get("split_hash") != split.hash:
         raise ValueError(
-            f"{file}: counted on split {metadata.get('split')}@{metadata.get('hash')}, but the split here is "
+            f"{file}: counted on split {metadata.get('split')}@{metadata.get('split_hash')}, but the split here is "
             f"{split.id}@{split.hash}; prepare the data set again."
         )
-    if len(tensors["count"]) != num_items:
-        raise ValueError(f"{file}: {len(tensors['count'])} counts for {num_items} items; prepare the data set again.")
+    found = len(tensors.get("count", ()))
+    if found != num_items:
+        raise ValueError(f"{file}: {found} counts for {num_items} items; prepare the data set again.")
     return tensors["count"]
 
 

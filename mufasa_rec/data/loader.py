@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mufasa_rec.data.batch import Batch
-from mufasa_rec.data.item_lookup import ItemLookup
 from mufasa_rec.data.collate import Windows, collate, cut_windows, ragged_arange
-from mufasa_rec.data.negatives import NegativesConfig, NegativeSampler
+from mufasa_rec.data.item_lookup import ItemLookup
+from mufasa_rec.data.negatives import NegativeSampler, NegativesConfig
 from mufasa_rec.data.order import EpochOrder, plan_epoch, readers_of
-from mufasa_rec.data.parquet import RowGroup, RowGroupRef, read_row_group
+from mufasa_rec.data.parquet import RowGroup, RowGroupReader, RowGroupRef
 from mufasa_rec.data.randomness import generator
 
 _PERMUTATION_STREAM = 4
@@ -51,13 +51,14 @@ class DataConfig:
     dedup: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "num_readers", "max_history"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"data.{name}={getattr(self, name)}: choose 1 or more.")
+        for name in ("batch_size", "num_readers", "max_history", "min_count", "prefetch"):
+            least = 0 if name == "prefetch" else 1
+            if getattr(self, name) < least:
+                raise ValueError(f"data.{name}={getattr(self, name)}: choose {least} or more.")
         if self.batch_size % self.num_readers:
             raise ValueError(
-                f"data.batch_size={self.batch_size}: must be a multiple of data.num_readers={self.num_readers}, because a "
-                "global batch takes the same number of rows from each virtual reader."
+                f"data.batch_size={self.batch_size}: must be a multiple of data.num_readers={self.num_readers}, "
+                "because a global batch takes the same number of rows from each virtual reader."
             )
 
 
@@ -91,7 +92,7 @@ class Loader:
         target_actions: Codes of the actions that are targets in training; all when None.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  what it reads, from where it stands, and how it draws
         self,
         groups: list[RowGroupRef],
         catalog: ItemLookup,
@@ -107,6 +108,7 @@ class Loader:
         self.target_actions = target_actions
         self.groups, self.catalog, self.config, self.sampler = groups, catalog, config, sampler
         self.columns = ("item", *columns)
+        self._files = RowGroupReader(self.columns)
         self.rank, self.world_size, self.seed = rank, world_size, seed
         self.readers = readers_of(rank, world_size, config.num_readers)
         self._open: dict[int, tuple[tuple[int, int], RowGroup, np.ndarray]] = {}
@@ -150,6 +152,9 @@ class Loader:
             group, _ = self._group(self.readers[0], order.epoch, 0)
             pieces = [(_without_rows(group), np.zeros(1, np.int64))]
         windows = cut_windows(pieces, self.config.max_history)
+        if real and self.sampler is None and not windows.lengths.all():
+            row = int(windows.row_id[np.flatnonzero(windows.lengths == 0)[0]])
+            raise ValueError(f"rows: row {row} of an evaluation part has no event to rank; leave such rows out.")
         seen = cut_windows(pieces, None) if self.sampler is None else None
         rows, bias = self._candidates(windows, order, step)
         actions = None if self.sampler is None else self.target_actions
@@ -164,9 +169,11 @@ class Loader:
             return np.zeros(0, np.int64), np.zeros(0, np.float32)
         rows = self.sampler.shared(order.epoch, step, self.rank, self.world_size)
         num_rows = order.num_rows(step)
-        if not self.sampler.full:
-            position = ragged_arange(windows.lengths)
-            is_target = position >= np.repeat(np.maximum(windows.target_from, 1), windows.lengths)
+        position = ragged_arange(windows.lengths)
+        is_target = position >= np.repeat(np.maximum(windows.target_from, 1), windows.lengths)
+        if self.sampler.full:
+            self.sampler.check_targets(self.catalog.rows_of(windows.columns["item"][is_target]))
+        else:
             row_id = np.repeat(windows.row_id, windows.lengths)
             stream = position + np.repeat(windows.start_position, windows.lengths)
             taken = is_target & self.sampler.in_batch(order.epoch, row_id, stream, num_rows)
@@ -174,14 +181,17 @@ class Loader:
         return rows, self.sampler.bias(rows, num_rows)
 
     def _group(self, reader: int, epoch: int, index: int) -> tuple[RowGroup, np.ndarray]:
-        """The row group that a reader is in, and the order of its rows in this epoch."""
+        """The row group that a reader is in, and the order of its rows in this epoch; readers in one group share it."""
         held = self._open.get(reader)
         if held is None or held[0] != (epoch, index):
-            group = read_row_group(self.groups[index], self.columns)
-            permutation = np.arange(self.groups[index].num_rows)
-            if self.sampler is not None:
-                permutation = generator(self.seed, epoch, index, _PERMUTATION_STREAM).permutation(len(permutation))
-            held = self._open[reader] = ((epoch, index), group, permutation)
+            held = next((other for other in self._open.values() if other[0] == (epoch, index)), None)
+            if held is None:
+                group = self._files.read(self.groups[index])
+                permutation = np.arange(self.groups[index].num_rows)
+                if self.sampler is not None:
+                    permutation = generator(self.seed, epoch, index, _PERMUTATION_STREAM).permutation(len(permutation))
+                held = ((epoch, index), group, permutation)
+            self._open[reader] = held
         return held[1], held[2]
 
 
@@ -189,11 +199,11 @@ def _without_rows(group: RowGroup) -> RowGroup:
     """A row group of one row with no events, of the columns of `group`."""
     zero = np.zeros(1, dtype=np.int64)
     columns = {name: values[:1].repeat(0) for name, values in group.columns.items()}
-    return RowGroup(zero, zero, zero, zero, zero, columns)
+    return RowGroup(zero, zero, zero, zero, zero, zero, columns)
 
 
 def _ahead(makers: Iterator, depth: int) -> Iterator[Batch]:
-    """Run the makers in a thread, `depth` batches ahead; an error there is raised here, and closing here ends the thread."""
+    """Run the makers in a thread, `depth` batches ahead; its errors are raised here, and closing here ends it."""
     results: queue.Queue = queue.Queue(maxsize=depth)
     stop = threading.Event()
 

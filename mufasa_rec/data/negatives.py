@@ -1,8 +1,8 @@
 """Which items a step's targets compete with, drawn where the batch is made so that every lookup is known there.
 
-Full softmax: every item that could be chosen in training, each rank bringing its part. Sampled softmax: uniform draws plus a thinned
-sample of the batch's own targets, shared by the whole global batch; each carries `-log Q`, where Q is the expected *number* of times
-that item is among the step's negatives over all sources and ranks:
+Full softmax: every item that could be chosen in training, each rank bringing its part. Sampled softmax: uniform draws
+plus a thinned sample of the batch's own targets, shared by the whole global batch; each carries `-log Q`, where Q is
+the expected *number* of times that item is among the step's negatives over all sources and ranks:
 
     Q(i) = n_inbatch * p_target(i) + n_uniform / V
 
@@ -39,9 +39,7 @@ class NegativesConfig:
     def __post_init__(self) -> None:
         for name in ("num_uniform", "num_inbatch"):
             if getattr(self, name) < 0:
-                raise ValueError(f"negatives.{name}={getattr(self, name)}: choose 0 or more.")
-        if self.softmax == "sampled" and self.num_uniform + self.num_inbatch == 0:
-            raise ValueError("negatives.num_uniform and num_inbatch are both 0: a sampled softmax needs negatives.")
+                raise ValueError(f"data.negatives.{name}={getattr(self, name)}: choose 0 or more.")
 
     def is_full(self, num_items: int) -> bool:
         """Whether a catalog of `num_items` is scored in full."""
@@ -67,8 +65,27 @@ class NegativeSampler:
         if not len(self.rows):
             raise ValueError("items: none is available in the training period, so there is nothing to train on.")
         self.full = config.is_full(len(self.rows))
+        if not self.full and config.num_uniform + config.num_inbatch == 0:
+            raise ValueError(
+                f"data.negatives.num_uniform and num_inbatch are both 0, but the softmax over {len(self.rows)} items "
+                "is sampled; give one of them, or set data.negatives.softmax='full'."
+            )
+        self.available = available
         self.popularity = counts / max(int(counts.sum()), 1)
         self.targets_per_row = targets_per_row
+
+    def check_targets(self, rows: np.ndarray) -> None:
+        """Refuse targets with item rows `[n]` that a full softmax does not score.
+
+        Raises:
+            ValueError: Names how many.
+        """
+        wrong = rows[~self.available[rows]] if self.full else rows[:0]
+        if len(wrong):
+            raise ValueError(
+                f"item_counts: {len(np.unique(wrong))} items are training targets without a training event in "
+                "the split's item_counts.safetensors; count the items of the training rows again, or prepare again."
+            )
 
     def shared(self, epoch: int, step: int, rank: int, world_size: int) -> np.ndarray:
         """Item rows of this rank's part of the candidates that every rank shares, `[c]`."""

@@ -1,13 +1,17 @@
 """Which rows make up which batch: a function of (seed, epoch) alone, whatever the number of ranks and workers.
 
-The row groups of a split are shuffled and laid on a line, the line is cut into as many equal parts as there are *virtual
-readers*, and every global batch takes the same number of rows from each reader. Ranks and workers host readers. Since every
-rank knows the whole plan from the row counts, all ranks know the number of steps and nobody waits for a batch that never comes.
+The row groups of a split are shuffled and laid on a line, the line is cut into as many equal parts as there are
+*virtual readers*, and every global batch takes the same number of rows from each reader. Ranks and workers host
+readers. Since every rank knows the whole plan from the row counts, all ranks know the number of steps and nobody waits
+for a batch that never comes.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 
 import numpy as np
 
@@ -45,24 +49,29 @@ class EpochOrder:
     rows_per_step: int
     num_steps: int
 
+    @cached_property
+    def ends(self) -> list[list[int]]:
+        """Rows of each reader up to the end of each of its slices."""
+        return [list(accumulate(piece.stop - piece.start for piece in reader)) for reader in self.readers]
+
     def pieces(self, reader: int, step: int) -> list[Slice]:
         """Slices that make up the rows of `reader` in `step`; none when it has no rows left."""
         first, last = step * self.rows_per_step, (step + 1) * self.rows_per_step
-        found, passed = [], 0
-        for piece in self.readers[reader]:
-            size = piece.stop - piece.start
-            a, b = max(first - passed, 0), min(last - passed, size)
-            if a < b:
-                found.append(Slice(piece.group, piece.start + a, piece.start + b))
-            passed += size
-            if passed >= last:
+        slices, ends = self.readers[reader], self.ends[reader]
+        found = []
+        for place in range(bisect_right(ends, first), len(slices)):
+            piece = slices[place]
+            begin = ends[place] - (piece.stop - piece.start)
+            if begin >= last:
                 break
+            stop = min(last, ends[place])
+            found.append(Slice(piece.group, piece.start + max(first - begin, 0), piece.start + stop - begin))
         return found
 
     def num_rows(self, step: int) -> int:
         """Rows of the global batch of `step`."""
-        sizes = [sum(piece.stop - piece.start for piece in reader) for reader in self.readers]
-        return sum(min(max(size - step * self.rows_per_step, 0), self.rows_per_step) for size in sizes)
+        before = step * self.rows_per_step
+        return sum(min(max(ends[-1] - before, 0), self.rows_per_step) for ends in self.ends if ends)
 
 
 def plan_epoch(

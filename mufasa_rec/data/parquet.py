@@ -1,12 +1,13 @@
 """Row groups of a split, as they lie in Arrow memory: the events of some users and the rows that reference them.
 
 A row says (user, history_end, target_from): its events are those before `history_end`, its targets those of them at or
-after `target_from`. A row group of rows refers to the users of the row group of events with the same number, so one reader needs
-one pair of row groups at a time.
+after `target_from`. A row group of rows refers to the users of the row group of events with the same number, so one
+reader needs one pair of row groups at a time.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -44,6 +45,7 @@ class RowGroup:
     Attributes:
         user: User of each row, `[n]` int64.
         stream_start: Where the stream of each row's user begins in `columns`, `[n]`.
+        stream_length: Events of that stream, `[n]`.
         history_end: One behind the last event of each row, counted from the stream's start, `[n]`.
         target_from: First target of each row, `[n]`.
         row_id: Number of each row in the whole part, `[n]`; random draws are keyed by it.
@@ -52,6 +54,7 @@ class RowGroup:
 
     user: np.ndarray
     stream_start: np.ndarray
+    stream_length: np.ndarray
     history_end: np.ndarray
     target_from: np.ndarray
     row_id: np.ndarray
@@ -83,68 +86,97 @@ def list_row_groups(
                 first_row += size
     if not found:
         raise ValueError(
-            f"splits/{split.id}/{part}: no rows in data set {manifest.name!r}; too few users have enough events for this "
-            "part, or the data set is not complete: prepare it again."
+            f"splits/{split.id}/{part}: no rows in data set {manifest.name!r}; too few users have enough events for "
+            "this part, or the data set is not complete: prepare it again."
         )
     return found
 
 
-def read_row_group(ref: RowGroupRef, columns: Sequence[str]) -> RowGroup:
-    """Read one row group and the events that its rows reference.
+class RowGroupReader:
+    """Reads row groups; files read of late stay open, since parsing a footer costs more than reading a row group.
 
     Args:
-        ref: Where it lies.
         columns: Names of the list columns to read.
-
-    Raises:
-        ValueError: For a missing column, a row that refers to a user or event that is not there, or lists of different
-            lengths; names the file.
+        max_open: Most files held open.
     """
-    if ref.events is None:
-        return _read_lists(ref, columns)
-    rows = _read(ref.rows, ref.index, ["user", "history_end", "target_from"])
-    events = _read(ref.events, ref.index, ["user", *columns])
-    users = events.column("user").to_numpy()
-    user = rows.column("user").to_numpy()
-    place = np.minimum(np.searchsorted(users, user), len(users) - 1)
-    if not np.array_equal(users[place], user):
-        raise ValueError(
-            f"{ref.rows}: row group {ref.index} refers to users that row group {ref.index} of {ref.events} does not "
-            "hold; the two files must be written together: prepare the data set again."
-        )
-    starts, lengths, values = _lists(events, columns, ref.events)
-    end = rows.column("history_end").to_numpy().astype(np.int64)
-    target_from = rows.column("target_from").to_numpy().astype(np.int64)
-    _check_range(end, target_from, lengths[place], ref.rows)
-    row_id = ref.first_row + np.arange(ref.num_rows)
-    return RowGroup(user, starts[place], end, target_from, row_id, values)
 
+    def __init__(self, columns: Sequence[str], max_open: int = 256) -> None:
+        self.columns, self.max_open = tuple(columns), max_open
+        self._files: OrderedDict[str, pq.ParquetFile] = OrderedDict()
 
-def _read_lists(ref: RowGroupRef, columns: Sequence[str]) -> RowGroup:
-    """Rows that carry their own lists: each is its own stream."""
-    with paths.open_file(ref.rows) as handle:
-        names = pq.read_schema(handle).names
-    extra = [name for name in ("target_from",) if name in names]
-    table = _read(ref.rows, ref.index, ["user", *columns, *extra])
-    starts, lengths, values = _lists(table, columns, ref.rows)
-    target_from = np.ones(len(lengths), dtype=np.int64)
-    if extra:
-        target_from = table.column("target_from").to_numpy().astype(np.int64)
-    _check_range(lengths, target_from, lengths, ref.rows)
-    row_id = ref.first_row + np.arange(ref.num_rows)
-    return RowGroup(table.column("user").to_numpy(), starts, lengths, target_from, row_id, values)
+    def read(self, ref: RowGroupRef) -> RowGroup:
+        """Read one row group and the events that its rows reference.
 
+        Raises:
+            ValueError: For a missing column, a row that refers to a user or event that is not there, lists of different
+                lengths, or a weight that is negative or not finite; names the file.
+        """
+        group = self._lists(ref) if ref.events is None else self._references(ref, ref.events)
+        _check_range(group, ref)
+        _check_weights(group, ref)
+        return group
 
-def _read(file: str, index: int, columns: Sequence[str]) -> pa.Table:
-    with paths.open_file(file) as handle:
-        parquet = pq.ParquetFile(handle)
-        missing = [name for name in columns if name not in parquet.schema_arrow.names]
+    def _references(self, ref: RowGroupRef, events_file: str) -> RowGroup:
+        """Rows that refer to events stored once per user."""
+        rows = self._table(ref.rows, ref.index, ["user", "history_end", "target_from"])
+        events = self._table(events_file, ref.index, ["user", *self.columns])
+        users, user = _numbers(events, "user", events_file), _numbers(rows, "user", ref.rows)
+        place = np.searchsorted(users, user)
+        known = place < len(users)
+        known[known] = users[place[known]] == user[known]
+        if not known.all():
+            raise ValueError(
+                f"{ref.rows}: row group {ref.index} refers to users that row group {ref.index} of {events_file} "
+                "does not hold in ascending order; the two files must be written together: prepare the data set again."
+            )
+        starts, lengths, values = _lists(events, self.columns, events_file)
+        end, target_from = (_numbers(rows, name, ref.rows) for name in ("history_end", "target_from"))
+        row_id = ref.first_row + np.arange(ref.num_rows)
+        return RowGroup(user, starts[place], lengths[place], end, target_from, row_id, values)
+
+    def _lists(self, ref: RowGroupRef) -> RowGroup:
+        """Rows that carry their own lists: each is its own stream."""
+        extra = ["target_from"] if "target_from" in self._open(ref.rows).schema_arrow.names else []
+        table = self._table(ref.rows, ref.index, ["user", *self.columns, *extra])
+        starts, lengths, values = _lists(table, self.columns, ref.rows)
+        # A row without events has no targets either.
+        target_from = _numbers(table, "target_from", ref.rows) if extra else np.minimum(lengths, 1)
+        row_id = ref.first_row + np.arange(ref.num_rows)
+        return RowGroup(_numbers(table, "user", ref.rows), starts, lengths, lengths, target_from, row_id, values)
+
+    def _table(self, file: str, index: int, columns: Sequence[str]) -> pa.Table:
+        parquet = self._open(file)
+        names = parquet.schema_arrow.names
+        missing = [name for name in columns if name not in names]
         if missing:
             raise ValueError(
-                f"{file}: column {missing[0]!r} is missing; it has {parquet.schema_arrow.names}. Write the column, or take "
-                "it out of dataset.json."
+                f"{file}: column {missing[0]!r} is missing; it has {names}. Write the column, or take it out of "
+                "dataset.json."
             )
         return parquet.read_row_group(index, columns=list(columns), use_threads=False)
+
+    def _open(self, file: str) -> pq.ParquetFile:
+        """The open file, local ones through Arrow's own reader, which does not come back to Python for each read."""
+        if file in self._files:
+            self._files.move_to_end(file)
+            return self._files[file]
+        while len(self._files) >= self.max_open:
+            self._files.popitem(last=False)[1].close(force=True)
+        with paths.open_file(file) as handle:  # a missing file is named here
+            footer = pq.read_metadata(handle)
+        source = paths.open_file(file) if paths.is_remote(file) else str(paths.local_path(file))
+        self._files[file] = pq.ParquetFile(source, metadata=footer)
+        return self._files[file]
+
+
+def _numbers(table: pa.Table, name: str, file: str) -> np.ndarray:
+    """A column of integers, `[n]` int64."""
+    column = table.column(name)
+    if column.null_count or not pa.types.is_integer(column.type):
+        raise ValueError(
+            f"{file}: column {name!r} is {column.type} with {column.null_count} nulls; write int64 without."
+        )
+    return column.to_numpy().astype(np.int64, copy=False)
 
 
 def _lists(table: pa.Table, columns: Sequence[str], file: str) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
@@ -153,6 +185,8 @@ def _lists(table: pa.Table, columns: Sequence[str], file: str) -> tuple[np.ndarr
     values: dict[str, np.ndarray] = {}
     for name in columns:
         column = table.column(name).combine_chunks()
+        if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
+            raise ValueError(f"{file}: column {name!r} is {column.type}; write a list per row.")
         offsets = column.offsets.to_numpy().astype(np.int64)
         base, size = int(offsets[0]), np.diff(offsets)
         if lengths is not None and not np.array_equal(size, lengths):
@@ -168,11 +202,24 @@ def _lists(table: pa.Table, columns: Sequence[str], file: str) -> tuple[np.ndarr
     return starts, lengths, values
 
 
-def _check_range(end: np.ndarray, target_from: np.ndarray, lengths: np.ndarray, file: str) -> None:
+def _check_range(group: RowGroup, ref: RowGroupRef) -> None:
+    end, target_from, lengths = group.history_end, group.target_from, group.stream_length
     wrong = (end > lengths) | (target_from < 0) | (target_from > end)
     if wrong.any():
         row = int(np.flatnonzero(wrong)[0])
         raise ValueError(
-            f"{file}: row {row} has target_from={target_from[row]}, history_end={end[row]} for a stream of "
-            f"{lengths[row]} events; 0 <= target_from <= history_end <= events must hold."
+            f"{ref.rows}: row {row} of row group {ref.index} has target_from={target_from[row]}, "
+            f"history_end={end[row]} for a stream of {lengths[row]} events; 0 <= target_from <= history_end <= events "
+            "must hold: prepare the data set again."
         )
+
+
+def _check_weights(group: RowGroup, ref: RowGroupRef) -> None:
+    weight = group.columns.get("weight")
+    if weight is None or not len(weight) or (np.isfinite(weight).all() and weight.min() >= 0):
+        return
+    bad = weight[~(np.isfinite(weight) & (weight >= 0))]
+    raise ValueError(
+        f"{ref.events or ref.rows}: column 'weight' of row group {ref.index} holds {len(bad)} weights "
+        f"that are negative or not finite, such as {bad[0]}; a weight multiplies the loss: write 0 or more, or 0 to leave one out."
+    )

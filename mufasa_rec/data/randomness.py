@@ -1,4 +1,4 @@
-"""Random numbers as a pure function of what they are for: (seed, epoch, row, position), not of who asks or in what order.
+"""Random numbers as a pure function of what they are for: (seed, epoch, row, position), not of who asks or when.
 
 That is what makes a run independent of the number of ranks and workers, and of where it was interrupted.
 """

@@ -35,7 +35,7 @@ class RankExchange:
         return [tensor.tolist() for tensor in found]
 
     def gather(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
-        """Return the rows of all ranks end to end, with gradient: each rank gets the sum of all ranks' gradients of its rows.
+        """Return the rows of all ranks end to end; the gradient of a rank's rows is the sum over all ranks.
 
         Args:
             x: This rank's rows, `[n, ...]`.

@@ -6,6 +6,7 @@ A program that is started without torchrun is a world of one process and needs n
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -51,6 +52,7 @@ def init_distributed(timeout_s: float = 600, level: int = logging.INFO) -> Distr
     """
     rank, world_size, local_rank = _read_place()
     setup_logging(rank, level)
+    hide_library_noise()
     device = _own_device(local_rank)
     backend = "nccl" if device.type == "cuda" else "gloo"
     # A world of one needs no meeting point: a store in memory cannot collide with another run's port.
@@ -97,6 +99,32 @@ def setup_logging(rank: int, level: int = logging.INFO) -> None:
     )
     for name in OWN_LOGGERS:
         logging.getLogger(name).setLevel(level)
+
+
+def hide_library_noise() -> None:
+    """Hide the warnings that TorchRec and torch raise about each other, which nobody here could change.
+
+    Each is named exactly, so that a new one is seen; look through them when torch or TorchRec moves.
+    """
+    # TorchRec wraps the model in DDP with an argument that torch has renamed, and its tables are ShardedTensors.
+    warnings.filterwarnings("ignore", message=r"`broadcast_buffers` is deprecated", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=r"Please use DTensor instead and we are deprecating ShardedTensor")
+    # TorchRec's pipeline asks torch.fx by a name that is now meant for export too.
+    hidden = "is_fx_tracing will return true for both"
+    logger = logging.getLogger("torch.fx._symbolic_trace")
+    if not any(getattr(known, "hidden", None) == hidden for known in logger.filters):
+        logger.addFilter(_Hide(hidden))
+
+
+class _Hide(logging.Filter):
+    """Drops records that begin with a text."""
+
+    def __init__(self, hidden: str) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(self.hidden)
 
 
 def _read_place() -> tuple[int, int, int]:

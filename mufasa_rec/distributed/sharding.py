@@ -1,8 +1,9 @@
-"""Sharding a model: plan, fused optimizers, weights that do not depend on the number of ranks, and content read shard by shard."""
+"""Sharding a model: plan, fused optimizers, weights that do not depend on the number of ranks, content by shards."""
 
 from __future__ import annotations
 
 import logging
+import os
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
+from torchrec.distributed.planner import types as planner_types
+from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import ParameterConstraints
 from torchrec.distributed.types import ShardingPlan
 from torchrec.modules.embedding_modules import EmbeddingCollection
@@ -24,6 +27,9 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 logger = logging.getLogger(__name__)
 _BLOCK = 1 << 16  # rows that share one random stream
+_RESERVED_SHARE = 0.15  # of a device's memory, for everything that is no table
+# Rows stay whole (weights are drawn and content is read by rows), and every table is a ShardedTensor in the checkpoint.
+_GPU_SHARDING_TYPES = ["row_wise", "table_wise", "table_row_wise"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +37,8 @@ class TableOptimizerConfig:
     """The optimizer that FBGEMM applies to the tables inside the backward.
 
     Attributes:
-        name: ``row_wise_adagrad`` (one number of state per row), ``adagrad`` (one per weight), ``sgd``, or ``adam`` (GPU only).
+        name: ``row_wise_adagrad`` (one number of state per row), ``adagrad`` (one per weight), ``sgd``, or ``adam``
+            (GPU only).
         learning_rate: Learning rate.
         eps: Added to the root of the second moment.
     """
@@ -52,8 +59,8 @@ class TableOptimizerConfig:
         """
         if self.name == "adam" and device.type == "cpu":
             raise ValueError(
-                "optimizer.tables.name='adam': FBGEMM has no fused Adam on a CPU; choose 'row_wise_adagrad' or 'adagrad', or "
-                "train on a GPU."
+                "optimizer.tables.name='adam': FBGEMM has no fused Adam on a CPU; choose 'row_wise_adagrad' or "
+                "'adagrad', or train on a GPU."
             )
 
 
@@ -63,16 +70,18 @@ def fuse_optimizer(collection: nn.Module, config: TableOptimizerConfig) -> None:
     arguments: dict[str, Any] = {"lr": config.learning_rate}
     if config.name != "sgd":
         arguments["eps"] = config.eps
-    apply_optimizer_in_backward(classes[config.name], collection.parameters(), arguments)
+    apply_optimizer_in_backward(
+        optimizer_class=classes[config.name], params=collection.parameters(), optimizer_kwargs=arguments
+    )
 
 
 def freeze(collection: nn.Module) -> None:
     """Give `collection` the one fused optimizer without state; its lookups run without gradient, so it never acts."""
-    apply_optimizer_in_backward(SGD, collection.parameters(), {"lr": 0.0})
+    apply_optimizer_in_backward(optimizer_class=SGD, params=collection.parameters(), optimizer_kwargs={"lr": 0.0})
 
 
 def make_plan(model: nn.Module, device: torch.device) -> ShardingPlan:
-    """Plan every table: row-wise with a fused kernel on a CPU, by TorchRec's planner's own search on a GPU.
+    """Plan every table: row-wise with a fused kernel on a CPU, the planner's choice of whole-row shardings on a GPU.
 
     Args:
         model: The unsharded model, embedding collections on `meta` or on a device.
@@ -87,35 +96,64 @@ def make_plan(model: nn.Module, device: torch.device) -> ShardingPlan:
         if isinstance(module, EmbeddingCollection)
         for config in module.embedding_configs()
     ]
-    constraints = None
     if device.type == "cpu":
-        row_wise = ParameterConstraints(sharding_types=["row_wise"], compute_kernels=["fused"])
-        constraints = dict.fromkeys(tables, row_wise)
-    topology = Topology(world_size=dist.get_world_size(), compute_device=device.type)
-    planner = EmbeddingShardingPlanner(topology=topology, constraints=constraints)
-    return planner.collective_plan(model, [EmbeddingCollectionSharder()], dist.group.WORLD)
+        allowed = ParameterConstraints(sharding_types=["row_wise"], compute_kernels=["fused"])
+    else:
+        allowed = ParameterConstraints(sharding_types=_GPU_SHARDING_TYPES)
+    planner = EmbeddingShardingPlanner(
+        topology=_topology(device),
+        constraints=dict.fromkeys(tables, allowed),
+        # The planner's default heuristic is deprecated: it warns, and over-estimates modules on `meta`.
+        storage_reservation=FixedPercentageStorageReservation(percentage=_RESERVED_SHARE),
+    )
+    return planner.collective_plan(module=model, sharders=_sharders(), pg=dist.distributed_c10d._get_default_group())
+
+
+def _sharders() -> list[Any]:
+    """Who shards what: typed by TorchRec for its base classes only."""
+    return [EmbeddingCollectionSharder()]
+
+
+def _topology(device: torch.device) -> Topology:
+    """This world as the planner sees it, with the device's real memory."""
+    world = dist.get_world_size()
+    sizes: dict[str, Any] = {"world_size": world, "local_world_size": int(os.environ.get("LOCAL_WORLD_SIZE", world))}
+    hbm = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+    factory = getattr(planner_types, "TopologyFactory", None)
+    if factory is None:  # TorchRec before 1.8 has the constructor only; from 1.8 on that one warns
+        return Topology(compute_device=device.type, hbm_cap=hbm, **sizes)
+    return factory.create_topology(
+        trainer_config=planner_types.TrainerConfig(hbm_cap_bytes=hbm, **sizes),
+        kernel_config=planner_types.KernelConfig(compute_device=device.type),
+    )
 
 
 def shard(model: nn.Module, plan: ShardingPlan, device: torch.device) -> DistributedModelParallel:
     """Shard the embedding collections by the plan and wrap the rest data-parallel."""
-    return DistributedModelParallel(
-        module=model, device=device, plan=plan, sharders=[EmbeddingCollectionSharder()], init_parameters=True
-    )
+    return DistributedModelParallel(module=model, device=device, plan=plan, sharders=_sharders(), init_parameters=True)
 
 
-def local_shards(model: nn.Module) -> dict[str, tuple[Tensor, int, int]]:
+def local_shards(model: nn.Module) -> dict[str, tuple[Tensor, int]]:
     """This rank's part of every sharded table.
 
     Returns:
-        Table name to (local weights `[rows, dim]`, first row, first column).
+        Table name to (local weights `[rows, dim]`, first row).
+
+    Raises:
+        ValueError: For a table whose shards are not whole rows; on all ranks alike.
     """
-    found: dict[str, tuple[Tensor, int, int]] = {}
+    found: dict[str, tuple[Tensor, int]] = {}
     for name, value in model.state_dict().items():
         if not isinstance(value, ShardedTensor):
             continue
+        table = name.removesuffix(".weight").rsplit(".", 1)[-1]
+        if any(part.shard_sizes[1] != value.size()[1] for part in value.metadata().shards_metadata):
+            raise ValueError(
+                f"table {table}: its shards hold parts of rows, but weights are drawn and read by rows; shard it "
+                "row-wise or table-wise."
+            )
         for part in value.local_shards():
-            row, column = part.metadata.shard_offsets
-            found[name.removesuffix(".weight").rsplit(".", 1)[-1]] = (part.tensor, row, column)
+            found[table] = (part.tensor, part.metadata.shard_offsets[0])
     return found
 
 
@@ -123,24 +161,17 @@ def local_shards(model: nn.Module) -> dict[str, tuple[Tensor, int, int]]:
 def initialise_tables(model: nn.Module, std: Mapping[str, float], seed: int) -> None:
     """Draw the tables' initial weights from streams keyed by (seed, table, block of rows).
 
-    So the same row starts with the same weights on any number of ranks. Row 0 of a table, the row of unknown and rare values,
-    starts at zero: a value that was never trained should say nothing.
+    So the same row starts with the same weights on any number of ranks. Row 0 of a table, the row of unknown and rare
+    values, starts at zero: a value that was never trained should say nothing.
 
     Args:
         model: The sharded model.
         std: Standard deviation of each table's weights; other tables are left alone.
         seed: Seed of the run.
-
-    Raises:
-        ValueError: For a column-wise shard, whose rows are not whole.
     """
-    for table, (weight, first, column) in local_shards(model).items():
+    for table, (weight, first) in local_shards(model).items():
         if table not in std:
             continue
-        if column:
-            raise ValueError(
-                f"table {table}: column-wise shards cannot be initialised by rows; shard it by rows or tables."
-            )
         last = first + len(weight)
         for block in range(first // _BLOCK, -(-last // _BLOCK)):
             stream = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{table}/{block}".encode()))
@@ -157,11 +188,11 @@ def load_rows(model: nn.Module, readers: Mapping[str, Callable[[int, int], Tenso
 
     Args:
         model: The sharded model.
-        readers: Table to a function that returns its rows `start` to `stop`, `[stop - start, width]` with a width of at most the
-            table's.
+        readers: Table to a function that returns its rows `start` to `stop`, `[stop - start, width]` with a width of
+            at most the table's.
         chunk_rows: Rows read at once.
     """
-    for table, (weight, first, _) in local_shards(model).items():
+    for table, (weight, first) in local_shards(model).items():
         if table not in readers:
             continue
         for start in range(0, len(weight), chunk_rows):

@@ -2,8 +2,8 @@
 
     rank = 1 + number better + 1/2 number equal
 
-Both numbers are sums over parts of the catalog, so each rank scores every user against its own part only and nobody holds the whole
-catalog's scores. Items that the user has already seen are masked (by option), the target never.
+Both numbers are sums over parts of the catalog, so each rank scores every user against its own part only and nobody
+holds the whole catalog's scores. Items that the user has already seen are masked (by option), the target never.
 """
 
 from __future__ import annotations
@@ -79,17 +79,19 @@ def rank_targets(
         Mid-ranks `[Q]` float64 and item rows of the best `[Q, k]`, the same on every rank.
 
     Raises:
-        ValueError: When a score is NaN.
+        ValueError: When a score of any rank is NaN; on all ranks alike.
     """
-    if torch.isnan(scores).any():
-        raise ValueError("scores: NaN; the weights or a content vector are not finite, so no rank can be told.")
     queries = torch.arange(len(scores), device=scores.device)
     owned = (target_row >= part.start) & (target_row < part.stop)
     column = (target_row - part.start).clamp(0, max(len(part) - 1, 0))
     target_score = torch.zeros(len(scores), dtype=scores.dtype, device=scores.device)
     if len(part):
         target_score = torch.where(owned, scores[queries, column], target_score)
-    target_score = exchange.sum(target_score)[:, None]
+    # One sum for both: a NaN of one rank is an error on all of them, and nobody waits for a rank that has stopped.
+    told = exchange.sum(torch.cat([target_score, torch.isnan(scores).any().to(scores.dtype)[None]]))
+    if not told[-1] == 0:
+        raise ValueError("scores: NaN; the weights or a content vector are not finite, so no rank can be told.")
+    target_score = told[:-1, None]
     if seen is not None:
         query, row = seen
         here = (row >= part.start) & (row < part.stop) & (row != target_row[query])

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from mufasa_rec.data.batch import Batch
-from mufasa_rec.data.item_lookup import ItemLookup
 from mufasa_rec.data.collate import Windows, collate
+from mufasa_rec.data.item_lookup import ItemLookup
 from mufasa_rec.data.loader import Loader
 from mufasa_rec.distributed.collectives import RankExchange
 from mufasa_rec.evaluation.ranks import Ranked, catalog_part, gains, rank_targets
@@ -60,7 +60,8 @@ class RetrieverScorer(Scorer):
     """Scores by the dot product of a retriever's user and item vectors.
 
     Args:
-        model: The sharded model in evaluation mode; its forward returns (loss, output with `user_vectors`, `item_vectors`).
+        model: The sharded model in evaluation mode; its forward returns (loss, output with `user_vectors`,
+            `item_vectors`).
         catalog: Items.
         exchange: Reaches the other ranks.
         device: Device of the model.
@@ -108,7 +109,7 @@ class RetrieverScorer(Scorer):
 def _items_batch(catalog: ItemLookup, rows: np.ndarray, columns: tuple[str, ...]) -> Batch:
     """A batch of candidates and one user without history."""
     zero, none = np.zeros(1, np.int64), np.zeros(0, np.int64)
-    windows = Windows({name: none for name in ("item", *columns)}, zero, zero, zero, zero, zero)
+    windows = Windows(dict.fromkeys(("item", *columns), none), zero, zero, zero, zero, zero)
     return collate(windows, catalog, rows, np.zeros(len(rows), np.float32))
 
 

@@ -11,6 +11,8 @@ from mufasa_rec.data.item_lookup import ItemLookup
 from mufasa_rec.evaluation.ranks import Ranked, bootstrap_interval, gains
 
 FEW_EVENTS = 5
+_FEW = f"target with ≤ {FEW_EVENTS} training events"
+_COLD = "cold target (no training event)"
 _HISTORY_BORDERS = (50, 200)
 
 
@@ -26,8 +28,8 @@ def slices_of(ranked: Ranked, catalog: ItemLookup, all_stores: Mapping[str, np.n
     low, high = _HISTORY_BORDERS
     length = ranked.history_length
     found = {
-        f"target with ≤ {FEW_EVENTS} training events": count <= FEW_EVENTS,
-        "cold target (no training event)": count == 0,
+        _FEW: count <= FEW_EVENTS,
+        _COLD: count == 0,
         f"history under {low}": length < low,
         f"history {low} to {high - 1}": (length >= low) & (length < high),
         f"history of {high} and more": length >= high,
@@ -58,8 +60,7 @@ def summarise(
     shown = np.unique(ranked.top[ranked.top >= 0])
     row["coverage"] = len(shown) / len(catalog)
     masks = slices_of(ranked, catalog, all_stores)
-    names = list(masks)
-    row["few_hr@10"], row["cold_hr@10"] = (_mean(gain["hr@10"][masks[key]]) for key in names[:2])
+    row["few_hr@10"], row["cold_hr@10"] = (_mean(gain["hr@10"][masks[key]]) for key in (_FEW, _COLD))
     row["users"], row["seconds"] = len(ranked.rank), seconds
     row["slices"] = {
         key: {"users": int(mask.sum()), "hr@10": _mean(gain["hr@10"][mask]), "ndcg@10": _mean(gain["ndcg@10"][mask])}

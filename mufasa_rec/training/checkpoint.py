@@ -9,12 +9,16 @@ import json
 import logging
 import os
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+
+from mufasa_rec.data.paths import explained_disk_errors
 
 logger = logging.getLogger(__name__)
 FORMAT_VERSION = 1
@@ -41,16 +45,44 @@ def save_checkpoint(folder: Path, state: dict[str, Any], manifest: dict[str, Any
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     dist.barrier()
-    dcp.save(state, checkpoint_id=str(temporary))
+    try:
+        with explained_disk_errors(temporary, folder):
+            _write(state, temporary)
+            if main:
+                (temporary / MANIFEST).write_text(json.dumps({"format_version": FORMAT_VERSION, **manifest}, indent=2))
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     if main:
-        (temporary / MANIFEST).write_text(json.dumps({"format_version": FORMAT_VERSION, **manifest}, indent=2))
-        old = folder.with_name(folder.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(temporary, folder)
-        shutil.rmtree(old, ignore_errors=True)
+        _make_current(temporary, folder)
     dist.barrier()
+
+
+def _write(state: dict[str, Any], folder: Path) -> None:
+    """Write the tensors of all ranks; an error of one rank is an error on all of them."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # ShardedTensor is what TorchRec has
+            dcp.save(state, checkpoint_id=str(folder))
+    except CheckpointException as error:  # a BaseException with one exception per rank inside
+        rank, failure = next(iter(error.failures.items()))
+        raise OSError(f"{folder.with_suffix('')}: rank {rank} cannot write the checkpoint: {failure[0]}") from failure[
+            0
+        ]
+
+
+def _make_current(temporary: Path, folder: Path) -> None:
+    """Give a complete checkpoint its name; the one before is removed last."""
+    old = _previous(folder)
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(folder, old)
+    os.replace(temporary, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _previous(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".old")
 
 
 def load_manifest(folder: Path) -> dict[str, Any]:
@@ -61,9 +93,12 @@ def load_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     if not path.exists():
-        raise ValueError(
-            f"{folder}: holds no complete checkpoint ({MANIFEST} is missing); train the run to its end first."
-        )
+        remedy = "train the run to its first validation, which saves one"
+        if (_previous(folder) / MANIFEST).exists():
+            remedy = (
+                f"the job was ended while it replaced the checkpoint: rename {_previous(folder).name} to {folder.name}"
+            )
+        raise ValueError(f"{folder}: holds no complete checkpoint ({MANIFEST} is missing); {remedy}.")
     manifest = json.loads(path.read_text())
     if manifest.get("format_version") != FORMAT_VERSION:
         raise ValueError(

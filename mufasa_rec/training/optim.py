@@ -1,10 +1,10 @@
-"""One optimizer for the pipeline: AdamW on the data-parallel weights, and the learning rate of the tables' fused optimizer."""
+"""One optimizer for the pipeline: AdamW on the data-parallel weights, and the learning rate of the tables."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,26 +42,18 @@ class OptimizerConfig:
             raise ValueError(f"optimizer.warmup_steps={self.warmup_steps}: choose 0 or more.")
 
 
-class _Optimizer(Protocol):
-    param_groups: Any
-
-    def zero_grad(self, set_to_none: bool = ...) -> None: ...
-    def step(self) -> Any: ...
-
-
 class TrainOptimizer:
     """What the pipeline calls as its optimizer: clips, schedules and steps.
 
     Args:
         dense: The data-parallel parameters by name.
-        fused: The fused optimizer of the sharded tables; its step only hands FBGEMM the learning rate.
+        fused: The fused optimizer of the sharded tables (a TorchRec KeyedOptimizer); its step only hands FBGEMM the
+            learning rate.
         config: How weights are updated.
         total_steps: Steps of the whole run, over which the cosine falls.
     """
 
-    def __init__(
-        self, dense: dict[str, nn.Parameter], fused: _Optimizer, config: OptimizerConfig, total_steps: int
-    ) -> None:
+    def __init__(self, dense: dict[str, nn.Parameter], fused: Any, config: OptimizerConfig, total_steps: int) -> None:
         self.config, self.fused, self.total_steps = config, fused, max(total_steps, 1)
         self.parameters = dense
         decayed = [p for p in dense.values() if p.ndim >= 2]

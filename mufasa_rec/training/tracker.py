@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,19 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def _named_disk_errors(path: Path) -> Iterator[None]:
+    """Turns a full disk into an error that names the file and the remedy."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"{path}: metrics cannot be written ({error.strerror}); free space or mend the folder; the run's "
+            "last checkpoint is as it was",
+        ) from error
 
 
 class Tracker:
@@ -27,7 +42,8 @@ class Tracker:
         self._bar: tqdm | None = None
         if folder is None:
             return
-        self._file = (folder / "metrics.jsonl").open("a")
+        self._path = folder / "metrics.jsonl"
+        self._file = self._path.open("a")
         self._board = SummaryWriter(str(folder / "tensorboard"))
         if sys.stderr.isatty():
             self._bar = tqdm(total=total_steps, unit="step", dynamic_ncols=True)
@@ -48,8 +64,9 @@ class Tracker:
         """
         if self.folder is None:
             return
-        self._file.write(json.dumps({"kind": kind, "step": step, **metrics}) + "\n")
-        self._file.flush()
+        with _named_disk_errors(self._path):
+            self._file.write(json.dumps({"kind": kind, "step": step, **metrics}) + "\n")
+            self._file.flush()
         for name, value in metrics.items():
             if isinstance(value, (int, float)):
                 self._board.add_scalar(f"{kind}/{name}", value, step)

@@ -1,4 +1,4 @@
-"""The training loop: epochs of pipelined steps, one accounting line per interval, validation, early stopping, checkpoints."""
+"""The training loop: pipelined steps, one accounting line per interval, validation, early stopping, checkpoints."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from mufasa_rec.training.optim import TrainOptimizer
 from mufasa_rec.training.tracker import Tracker
 
 logger = logging.getLogger(__name__)
+MONITORS = ("hr@10", "ndcg@10", "mrr")  # validation metrics, all better when larger
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,10 @@ class TrainerConfig:
         for name in ("epochs", "log_every", "validate_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"trainer.{name}={getattr(self, name)}: choose 1 or more.")
+        if self.monitor not in MONITORS:
+            raise ValueError(f"trainer.monitor={self.monitor!r}: choose one of {', '.join(MONITORS)}.")
+        if self.patience < 0:
+            raise ValueError(f"trainer.patience={self.patience}: choose 0 (never stop early) or more.")
         if self.max_steps is not None and self.max_steps < 1:
             raise ValueError(f"trainer.max_steps={self.max_steps}: choose 1 or more, or None for no bound.")
 
@@ -78,7 +83,7 @@ class Trainer:
         manifest: What the checkpoint's manifest says beside step and metrics.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  it is handed everything, and imports no model
         self,
         model: nn.Module,
         optimizer: TrainOptimizer,
@@ -97,7 +102,11 @@ class Trainer:
         self.frozen, self.manifest = frozen, manifest or {}
         self.device = next(iter(optimizer.parameters.values())).device
         self.pipeline = TrainPipelineSparseDist(
-            model, optimizer, self.device, execute_all_batches=True, custom_model_fwd=self._forward
+            model=model,
+            optimizer=optimizer,
+            device=self.device,
+            execute_all_batches=True,
+            custom_model_fwd=self._forward,
         )
         self.waiting = Waiting()
         self.interval = Interval(exchange, self.waiting, self.device)
@@ -114,11 +123,22 @@ class Trainer:
         Returns:
             The best validation metrics, the step they were reached at, steps and seconds in all.
         """
+        try:
+            best = self._fit()
+        finally:
+            self.tracker.close()
+        seconds = time.perf_counter() - self.begin
+        return {"best": best, "steps": self.optimizer.num_steps, "seconds": seconds}
+
+    def _fit(self) -> dict[str, Any]:
+        """Run epochs with their validations; returns the best one's metrics."""
         best: dict[str, Any] = {}
         poor = 0
         for epoch in range(self.config.epochs):
             self._epoch(epoch)
             done = epoch + 1 == self.config.epochs or self._finished()
+            if done and self.interval.steps:
+                self._record(epoch)
             if (epoch + 1) % self.config.validate_every == 0 or done:
                 metrics = self._validate(epoch)
                 if not best or metrics[self.config.monitor] > best[self.config.monitor]:
@@ -128,9 +148,7 @@ class Trainer:
                     poor += 1
             if done or (self.config.patience and poor >= self.config.patience):
                 break
-        self.tracker.close()
-        seconds = time.perf_counter() - self.begin
-        return {"best": best, "steps": self.optimizer.num_steps, "seconds": seconds}
+        return best
 
     def _finished(self) -> bool:
         return self.config.max_steps is not None and self.optimizer.num_steps >= self.config.max_steps
@@ -158,14 +176,17 @@ class Trainer:
     def _account(self, epoch: int, batch: Batch, output: StepOutput) -> None:
         self.interval.add(output.loss_sum, batch.num_targets, batch.num_rows, batch.num_events, output.num_places)
         self.tracker.advance()
+        if self.optimizer.num_steps % self.config.log_every == 0:
+            self._record(epoch)
+
+    def _record(self, epoch: int) -> None:
+        """End an interval: its accounting line, on all ranks together."""
         step = self.optimizer.num_steps
-        if step % self.config.log_every and not self._finished():
-            return
         metrics = self.interval.close()
         if not math.isfinite(metrics["loss"]):
             raise FloatingPointError(
-                f"loss={metrics['loss']} at step {step}: lower optimizer.learning_rate or optimizer.tables.learning_rate, or "
-                "look for extreme values in the data with `prepare --check`."
+                f"loss={metrics['loss']} at step {step}: lower optimizer.learning_rate or "
+                "optimizer.tables.learning_rate, or look for extreme values in the data with `prepare --check`."
             )
         metrics |= {
             "epoch": epoch,
@@ -199,7 +220,8 @@ def _train_line(step: int, metrics: dict[str, float]) -> str:
         f"epoch {metrics['epoch']:3d} step {step:6d} · loss {metrics['loss']:.4f} · {metrics['step_ms']:.0f} ms/step · "
         f"{metrics['samples_per_s']:,.0f} rows/s · {metrics['events_per_s']:,.0f} events/s · "
         f"padding {metrics['padding_share']:.1%} · imbalance {metrics['rank_imbalance']:.1%} · "
-        f"data wait {metrics['data_wait_share']:.1%} · lr {metrics['learning_rate']:.2g} · |g| {metrics['grad_norm']:.2f}"
+        f"data wait {metrics['data_wait_share']:.1%} · lr {metrics['learning_rate']:.2g} · "
+        f"|g| {metrics['grad_norm']:.2f}"
     )
 
 
@@ -217,6 +239,6 @@ def check_pipelined(model: nn.Module, pipeline: TrainPipelineSparseDist) -> None
     ]
     if left:
         raise RuntimeError(
-            f"{len(left)} sharded modules are not pipelined: {', '.join(left)}. Their input is made or changed inside the "
-            "model's forward; build every KeyedJaggedTensor in collate and pass it to the sharded module as it is."
+            f"{len(left)} sharded modules are not pipelined: {', '.join(left)}. Their input is made or changed inside "
+            "the model's forward; build every KeyedJaggedTensor in collate and pass it to the sharded module as it is."
         )
