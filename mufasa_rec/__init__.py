@@ -1,1 +1,1 @@
-"""mufasa_rec: industrial-scale embedding training on TorchRec, with multimodal fusion and long-history interest extraction."""
+"""Industrial-scale embedding training on TorchRec: multimodal item vectors, long histories, honest evaluation."""

@@ -31,8 +31,8 @@ class RunConfig:
         model: The retriever.
         optimizer: How weights are updated.
         trainer: How long, and with what care.
-        mask_seen: Whether evaluation masks items that a user has seen; None takes the data set's default (masked unless more than
-            1 % of targets are repeats).
+        mask_seen: Whether evaluation masks items that a user has seen; None takes the data set's default (masked
+            unless more than 1 % of targets are repeats).
         seed: Seed of weights, data order, negatives and dropout.
         threads: Torch threads of a process on a CPU.
     """

@@ -1,4 +1,4 @@
-"""Configs become objects: the data set, the sharded retriever, loaders and evaluators of a run. Training and evaluation share it."""
+"""Configs become objects: the data set, the sharded retriever, loaders and evaluators of a run."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from mufasa_rec.config import RunConfig
@@ -177,7 +178,8 @@ def shard_retriever(config: RunConfig, data: OpenDataset, retriever: Retriever, 
     """Shard the retriever, draw its tables' weights, and read the content shard by shard."""
     config.optimizer.tables.refuse_on(device)
     plan = sharding.make_plan(retriever, device)
-    logger.info("plan:\n%s", sharding.describe(plan))
+    if dist.get_rank() == 0:
+        logger.info("plan:\n%s", sharding.describe(plan))
     trained = [c.name for c in retriever.sparse.ids.embedding_configs()]
     sharded = sharding.shard(retriever, plan, device)
     sharding.initialise_tables(sharded, dict.fromkeys(trained, config.model.init_std), config.seed)

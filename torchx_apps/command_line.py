@@ -1,4 +1,4 @@
-"""What the training programs share of their command lines: `--preset`, `--config`, and any field of `RunConfig` by its path."""
+"""What training programs share of their command lines: `--preset`, `--config`, any field of `RunConfig` by its path."""
 
 from __future__ import annotations
 

@@ -137,20 +137,20 @@ def _rank_run(
     env: DistributedEnv,
     exchange: RankExchange,
 ) -> tuple[Ranked, float]:
-    """Load a run's checkpoint on this world's ranks and rank with it; returns ranks and training plus ranking seconds."""
+    """Load a run's checkpoint on this world's ranks and rank with it; also returns training plus ranking seconds."""
     data = assembly.open_dataset(config, assembly.load_vocabulary(folder))
     if data.catalog.split != first.catalog.split:
         raise ValueError(
-            f"{folder}: trained on split {data.catalog.split}, the first run on {first.catalog.split}; rows of one table need "
-            "one split."
+            f"{folder}: trained on split {data.catalog.split}, the first run on {first.catalog.split}; "
+            "rows of one table need one split."
         )
     begin = time.perf_counter()
     model = assembly.shard_retriever(config, data, assembly.build_retriever(config, data, exchange), env.device)
     manifest = load_model(Path(folder) / "checkpoint", model, assembly.content_tables(data))
     if manifest.get("split") != data.catalog.split:
         raise ValueError(
-            f"{folder}/checkpoint: trained on split {manifest.get('split')}, but the data set holds {data.catalog.split}; "
-            "evaluate on the data set that the run was trained on."
+            f"{folder}/checkpoint: trained on split {manifest.get('split')}, but the data set holds "
+            f"{data.catalog.split}; evaluate on the data set that the run was trained on."
         )
     model.eval()
     evaluator = assembly.make_evaluator(config, data, part, env, exchange)

@@ -110,7 +110,8 @@ def _claim(folder: Path, env: DistributedEnv, exchange: RankExchange) -> None:
 def _describe(data: assembly.OpenDataset, dense: dict, steps: int) -> None:
     catalog = data.catalog
     logger.info(
-        "data set %s: %d items, %d with an embedding of their own, modalities %s; %d data-parallel weights; %d steps at most",
+        "data set %s: %d items, %d with an embedding of their own, modalities %s; "
+        "%d data-parallel weights; %d steps at most",
         data.manifest.name, len(catalog), catalog.vocabulary.size - 1, sorted(catalog.stores) or "none",
         sum(p.numel() for p in dense.values()), steps,
     )  # fmt: skip

@@ -6,15 +6,15 @@ last event and ranks it by the same rules as everybody else.
 
 What is planted:
 
-- **A long-lived taste.** A user has a repertoire of topics from a few genres. A topic is a ring of items that is walked in
-  order; the place in the ring is remembered over sessions.
-- **Sessions.** A session has a few active topics and jumps between them, seldom staying in one. So the next item continues
-  a topic that was left some events ago, which a first-order Markov chain cannot see.
+- **A long-lived taste.** A user has a repertoire of topics from a few genres. A topic is a ring of items that is
+  walked in order; the place in the ring is remembered over sessions.
+- **Sessions.** A session has a few active topics and jumps between them, seldom staying in one. So the next item
+  continues a topic that was left some events ago, which a first-order Markov chain cannot see.
 - **Drift.** Now and then a topic of the repertoire is replaced for good.
-- **Content.** A title vector says the topic and the place in its ring (so "the next one" is a linear map of it); an image
-  vector says the genre only, is noisy, and is missing for many items.
-- **Cold items.** Some items are released just before every user's last event: no training event can reach them, only their
-  content says where they belong.
+- **Content.** A title vector says the topic and the place in its ring (so "the next one" is a linear map of it); an
+  image vector says the genre only, is noisy, and is missing for many items.
+- **Cold items.** Some items are released just before every user's last event: no training event can reach them, only
+  their content says where they belong.
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ class _Users:
         self.last[who] = rng.integers(0, config.active_topics, len(who))
 
     def step_weights(self, who: np.ndarray, topic: np.ndarray, released: bool) -> np.ndarray:
-        """Probability of each ring place of `topic` as the next item of `who`, `[k, ring]`; zero rows when exhausted."""
+        """Probability of each ring place of `topic` as the next item, `[k, ring]`; zero rows when exhausted."""
         ring = self.config.items_per_topic
         places = (self.pointer[who, topic][:, None] + 1 + np.arange(ring)) % ring  # in walking order
         free = ~np.take_along_axis(self.seen[who, topic], places, axis=1)
@@ -260,7 +260,7 @@ def _choose(probability: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _rank_oracle(score: np.ndarray, seen: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mid-rank of `target` `[k]` and the ten best columns, with seen items masked; `score` and `seen` are `[k, items]`."""
+    """Mid-rank of `target [k]` and the ten best columns, seen items masked; `score`, `seen` are `[k, items]`."""
     score = np.where(seen, -np.inf, score)
     mine = np.take_along_axis(score, target[:, None], axis=1)
     rank = 1.0 + (score > mine).sum(axis=1) + 0.5 * ((score == mine).sum(axis=1) - 1)
