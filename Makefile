@@ -1,6 +1,6 @@
 # One virtual environment, .venv, serves every target; it is built on first use and again when a lock changes.
 #
-#   make demo [DATA=<folder>] [RUN=<folder>] [PRESET=<name>] [TASK=retrieval] [SEED=<n>]
+#   make demo [DATA=<folder>] [COLUMNS=<file>] [RUN=<folder>] [PRESET=<name>] [TASK=retrieval] [SEED=<n>]
 #   make test | lint | bench
 #
 # Variables:
@@ -13,6 +13,7 @@ LOCK ?= cpu
 TORCH_INDEX ?=
 
 DATA ?=
+COLUMNS ?=
 RUN ?= runs/demo
 PRESET ?= demo
 TASK ?= retrieval
@@ -48,7 +49,7 @@ $(PACKAGE_STAMP): $(LOCK_STAMP) | pyproject.toml
 	@rm -f $(VENV)/mufasa_rec-* && touch $@
 
 demo: .venv
-	@$(BIN)/python -m torchx_apps.demo --data "$(DATA)" --run "$(RUN)" --preset "$(PRESET)" --task "$(TASK)" --seed "$(SEED)"
+	@$(BIN)/python -m torchx_apps.demo --data "$(DATA)" --columns "$(COLUMNS)" --run "$(RUN)" --preset "$(PRESET)" --task "$(TASK)" --seed "$(SEED)"
 
 lint: .venv
 	$(BIN)/ruff check .

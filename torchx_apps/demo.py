@@ -1,6 +1,6 @@
 """The whole way on one page: prepare, train, evaluate, each a job of 2 processes by `torchx run`, and a table.
 
-    python -m torchx_apps.demo [--data FOLDER] [--run FOLDER] [--preset NAME] [--task retrieval] [--seed N]
+    python -m torchx_apps.demo [--data FOLDER] [--columns FILE] [--run FOLDER] [--preset NAME] [--task NAME] [--seed N]
 
 `make demo` calls it. Without data it takes a generated catalog, whose oracle (its true distribution) joins the table.
 Where the data set has content vectors, the same model is trained once more without them.
@@ -56,6 +56,7 @@ class DemoOptions:
     """What the command line asks for."""
 
     data: str = ""
+    columns: str = ""
     run: Path = Path("runs/demo")
     preset: str = "demo"
     task: str = "retrieval"
@@ -74,6 +75,10 @@ class DemoOptions:
             )
         if self.data and "://" not in self.data and not os.path.isdir(self.data):
             raise ValueError(f"data is {self.data!r}: no such folder; give DATA=<folder with interactions.*, items.*>")
+        if self.columns and not self.data:
+            raise ValueError(f"columns is {self.columns!r} without data: the generated catalog needs none; give DATA=")
+        if self.columns and "://" not in self.columns and not os.path.isfile(self.columns):
+            raise ValueError(f"columns is {self.columns!r}: no such file; give COLUMNS=<a columns.json>")
         if self.data and Path(self.data).resolve().is_relative_to(self.run.resolve()):
             raise ValueError(f"data is {self.data!r}, inside the run folder '{self.run}': give another RUN=<folder>")
 
@@ -115,6 +120,7 @@ def parse_options(argv: Sequence[str] | None) -> DemoOptions:
     parser.add_argument(
         "--data", default="", help="folder with interactions.*, items.* and vectors (default: generated)"
     )
+    parser.add_argument("--columns", default="", help="a columns.json that lies elsewhere than beside the data")
     parser.add_argument("--run", default="", help="folder for everything that is written (default: runs/demo)")
     parser.add_argument("--preset", default="", help="named configuration of the training (default: demo)")
     parser.add_argument("--task", default="", help=f"one of: {', '.join(TASKS)}")
@@ -174,6 +180,8 @@ def run_demo(options: DemoOptions) -> None:
 def prepare_job(options: DemoOptions) -> Job:
     """Return the job that makes the data set."""
     arguments = ["--input", options.source, "--output", str(options.run / "dataset")]
+    if options.columns:
+        arguments += ["--columns-file", options.columns]
     return Job(name="prepare", component="prepare", program_args=arguments)
 
 
