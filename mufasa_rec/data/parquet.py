@@ -221,5 +221,5 @@ def _check_weights(group: RowGroup, ref: RowGroupRef) -> None:
     bad = weight[~(np.isfinite(weight) & (weight >= 0))]
     raise ValueError(
         f"{ref.events or ref.rows}: column 'weight' of row group {ref.index} holds {len(bad)} weights "
-        f"that are negative or not finite, such as {bad[0]}; a weight multiplies the loss: write 0 or more, or 0 to leave one out."
+        f"that are negative or not finite, such as {bad[0]}; a weight multiplies the loss: write 0 or more."
     )
