@@ -157,12 +157,13 @@ class _SampledSoftmax(torch.autograd.Function):
             peak = torch.maximum(scores.amax(1), mine) if len(candidates) else mine
             scores.sub_(peak[:, None]).exp2_()
             own = (mine - peak).exp2()
-            total = scores.sum(1) + own
+            rest = scores.sum(1)
+            total = rest + own
             loss += (w * (total.log2() + peak - mine)).sum() / _LOG2E
             if grads is None:
                 continue
             scores.mul_((w / total)[:, None])
-            pull = w * (own / total - 1.0)
+            pull = -w * rest / total  # own / total - 1, without losing the digits of a small rest
             product(scores, part, grads[0], grads[2])
             grads[0][part] += pull[:, None] * p
             grads[1][part] = pull[:, None] * q
