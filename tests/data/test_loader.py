@@ -135,7 +135,10 @@ def test_negatives_are_drawn_anew_in_each_step_and_carry_log_q(dataset: str) -> 
 
 def test_expected_number_of_in_batch_negatives_is_met(dataset: str) -> None:
     """Over many epochs an item is drawn as often as Q says."""
-    loader = loader_of(config_of(dataset, "sampled", max_history=200, num_readers=1, batch_size=120))
+    negatives = NegativesConfig(softmax="sampled", num_uniform=100, num_inbatch=400)
+    loader = loader_of(
+        config_of(dataset, negatives=negatives, max_history=200, num_readers=1, batch_size=120, min_count=1)
+    )
     sampler = loader.sampler
     assert sampler is not None
     drawn = np.zeros(len(loader.catalog))
@@ -144,8 +147,9 @@ def test_expected_number_of_in_batch_negatives_is_met(dataset: str) -> None:
         batch = loader.make(loader.order(epoch), 0)
         np.add.at(drawn, batch.item_row[batch.candidate_item].numpy(), 1.0 / epochs)
     expected = np.exp(-sampler.bias(sampler.rows, 120))
-    assert drawn.sum() == pytest.approx(48, rel=0.08)
-    assert np.corrcoef(drawn[sampler.rows], expected)[0, 1] > 0.5
+    assert drawn.sum() == pytest.approx(500, rel=0.03)
+    assert expected.sum() == pytest.approx(500, rel=0.01)
+    assert np.corrcoef(drawn[sampler.rows], expected)[0, 1] > 0.9
 
 
 def test_full_softmax_has_each_available_item_once_over_all_ranks(dataset: str) -> None:
