@@ -141,6 +141,11 @@ class Trainer:
                 self._record(epoch)
             if (epoch + 1) % self.config.validate_every == 0 or done:
                 metrics = self._validate(epoch)
+                if self.config.monitor not in metrics:
+                    raise ValueError(
+                        f"trainer.monitor={self.config.monitor!r}: validation gives {', '.join(metrics)}; "
+                        "choose one of them."
+                    )
                 if not best or metrics[self.config.monitor] > best[self.config.monitor]:
                     best, poor = {**metrics, "step": self.optimizer.num_steps, "epoch": epoch}, 0
                     self._save(best)

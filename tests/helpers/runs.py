@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,9 @@ def metrics_of(folder: Path, kind: str) -> list[dict[str, Any]]:
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     """The whole tensors of a run's checkpoint, put together in one process."""
-    state = _load_state_dict_from_keys(checkpoint_id=str(folder / "checkpoint"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that this is a single process, which is meant
+        state = _load_state_dict_from_keys(checkpoint_id=str(folder / "checkpoint"))
     return dict(_flat(state, ""))
 
 
