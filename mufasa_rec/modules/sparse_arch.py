@@ -96,7 +96,7 @@ class SparseArch(nn.Module):
             features: Ids of every feature of every table.
 
         Returns:
-            One dict per collection, feature to JaggedTensor, those of content in fp16 and without gradient. They are
+            One dict per collection, feature to JaggedTensor, those of content without gradient. They are
             left apart because under TorchRec's tracer they are promises that cannot be looked into; `merge` joins them
             where the tracer does not look.
         """
