@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -30,7 +31,7 @@ def place(rank: int = 0, world_size: int = 1) -> DistributedEnv:
     return DistributedEnv(rank=rank, world_size=world_size, local_rank=rank, device=torch.device("cpu"))
 
 
-def config_of(dataset: str, softmax: str = "full", **data: object) -> RunConfig:
+def config_of(dataset: str, softmax: str = "full", **data: Any) -> RunConfig:
     config = small_config(dataset, softmax=softmax)
     return replace(config, data=replace(config.data, prefetch=0, **data))
 
@@ -343,7 +344,7 @@ def test_files_beyond_the_limit_are_closed_and_opened_again(dataset: str) -> Non
     ("field", "value"),
     [("batch_size", 0), ("batch_size", 65), ("num_readers", 0), ("max_history", 0), ("min_count", 0), ("prefetch", -1)],
 )
-def test_configuration_names_field_and_value(field: str, value: int) -> None:
+def test_configuration_names_field_and_value(field: str, value: Any) -> None:
     with pytest.raises(ValueError, match=rf"data\.{field}={value}"):
         DataConfig(**{field: value})
 

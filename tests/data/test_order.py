@@ -36,7 +36,8 @@ def test_readers_give_equal_numbers_of_rows(group_rows: list[int], readers: int,
         if step < order.num_steps - 1:  # readers differ by one row at most, so only the last two steps can be uneven
             assert max(counts) - min(counts) <= 1
             assert max(counts) == rows_per_step
-    assert max(map(sum, zip(*sizes))) - min(map(sum, zip(*sizes))) <= 1
+    per_reader = [sum(counts[reader] for counts in sizes) for reader in range(readers)]
+    assert max(per_reader) - min(per_reader) <= 1
     assert not any(rows_of(order, reader, order.num_steps) for reader in range(readers))
 
 

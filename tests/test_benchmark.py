@@ -1,0 +1,44 @@
+"""Benchmarks run, check what they measure, and write rows that say where they were measured."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from torchx_apps.benchmark import main, names_of_benchmarks
+
+
+def test_every_file_of_the_folder_is_a_benchmark() -> None:
+    assert {"loader", "train_step"} <= set(names_of_benchmarks())
+    assert not [name for name in names_of_benchmarks() if name.startswith("_")]
+
+
+@pytest.mark.parametrize("name", ["loader", "train_step"])
+def test_benchmark_prints_a_table_and_writes_rows(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    program = [sys.executable, "-m", "torchx_apps.benchmark", name, "--small", "--rounds", "2", "--json", str(file)]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(file.read_text())
+    assert len(rows) >= 4
+    for row in rows:
+        assert row["benchmark"] == name
+        assert row["case"] in done.stdout
+        assert 0 <= row["p10"] <= row["median"] <= row["p90"]
+        assert {"device", "threads", "versions", "commit", "shape", "unit"} <= row.keys()
+        assert row["versions"]["torch"]
+
+
+def test_unknown_benchmark_is_refused_with_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["nothing"])
+    assert "'loader'" in capsys.readouterr().err
+
+
+def test_no_rounds_are_refused() -> None:
+    with pytest.raises(SystemExit, match="--rounds 0: choose 1 or more"):
+        main(["loader", "--rounds", "0"])

@@ -1,0 +1,125 @@
+"""What benchmarks share: settings, rounds of competitors in turn, and rows that say what was measured where."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+_PACKAGES = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "pyarrow", "numpy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How much is measured.
+
+    Attributes:
+        rounds: Times that each competitor is measured.
+        small: Sizes that only show that the benchmark works.
+    """
+
+    rounds: int = 9
+    small: bool = False
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1:
+            raise ValueError(f"--rounds {self.rounds}: choose 1 or more.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """One row of a benchmark's table.
+
+    Attributes:
+        case: What was measured.
+        unit: Unit of the numbers.
+        median: Median over rounds.
+        p10: Their 10 % quantile.
+        p90: Their 90 % quantile.
+        shape: Sizes that belong to the numbers.
+    """
+
+    case: str
+    unit: str
+    median: float
+    p10: float
+    p90: float
+    shape: dict[str, int] = field(default_factory=dict)
+
+
+def measured(case: str, unit: str, values: list[float], shape: Mapping[str, int] | None = None) -> Measured:
+    """Summarise rounds.
+
+    Example:
+        >>> row = measured("sum", "ms", [3.0, 1.0, 2.0])
+        >>> row.median, round(row.p10, 1), round(row.p90, 1)
+        (2.0, 1.2, 2.8)
+    """
+    p10, median, p90 = np.quantile(values, [0.1, 0.5, 0.9]).tolist()
+    return Measured(case=case, unit=unit, median=median, p10=p10, p90=p90, shape=dict(shape or {}))
+
+
+def in_turn(competitors: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each competitor in each round, measured in turn so that noise of the machine meets all of them.
+
+    Args:
+        competitors: What to run, by name; each runs once unmeasured first.
+        rounds: Times that each is measured.
+    """
+    for run in competitors.values():
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in competitors}
+    for _ in range(rounds):
+        for name, run in competitors.items():
+            begin = time.perf_counter()
+            run()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - begin)
+    return seconds
+
+
+def surroundings() -> dict[str, Any]:
+    """Where it was measured: device, threads, versions, commit."""
+    versions = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+    return {"device": device, "threads": torch.get_num_threads(), "versions": versions, "commit": _commit()}
+
+
+def as_json(name: str, rows: list[Measured]) -> list[dict[str, Any]]:
+    """Rows with the benchmark's name and its surroundings."""
+    where = surroundings()
+    return [{"benchmark": name, **asdict(row), **where} for row in rows]
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return f"cpu: {names[0].split(':', 1)[1].strip()}" if names else f"cpu: {platform.machine()}"
+
+
+def _commit() -> str | None:
+    """The commit of this checkout, with a `+` when files were changed; None outside one."""
+
+    def git(*arguments: str) -> str:
+        folder = Path(__file__).resolve().parent
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
