@@ -39,7 +39,7 @@ def ml_1m() -> RunConfig:
         optimizer=OptimizerConfig(
             learning_rate=2e-3, warmup_steps=200, tables=TableOptimizerConfig(name="adagrad", learning_rate=0.03)
         ),
-        trainer=TrainerConfig(epochs=40, validate_every=2, patience=5),
+        trainer=TrainerConfig(epochs=30, validate_every=3, patience=3),
     )
 
 

@@ -176,7 +176,6 @@ def content_tables(data: OpenDataset) -> tuple[str, ...]:
 
 def shard_retriever(config: RunConfig, data: OpenDataset, retriever: Retriever, device: torch.device) -> nn.Module:
     """Shard the retriever, draw its tables' weights, and read the content shard by shard."""
-    config.optimizer.tables.refuse_on(device)
     plan = sharding.make_plan(retriever, device)
     if dist.get_rank() == 0:
         logger.info("plan:\n%s", sharding.describe(plan))

@@ -58,6 +58,7 @@ def train(config: RunConfig, folder: Path, env: DistributedEnv) -> dict:
     Raises:
         ValueError: When the folder holds another run, or the config does not fit the data set.
     """
+    config.optimizer.tables.refuse_on(env.device)
     exchange = RankExchange()
     data = assembly.open_dataset(config)
     _claim(folder, env, exchange)
