@@ -31,6 +31,7 @@ class Windows:
         target_from: First target of each row, counted from the window's start, `[B]`.
         user: `[B]`.
         row_id: `[B]`.
+        num_cut: Targets of the rows that lie before their windows.
     """
 
     columns: dict[str, np.ndarray]
@@ -39,6 +40,7 @@ class Windows:
     target_from: np.ndarray
     user: np.ndarray
     row_id: np.ndarray
+    num_cut: int = 0
 
 
 def ragged_arange(lengths: np.ndarray) -> np.ndarray:
@@ -76,7 +78,8 @@ def cut_windows(pieces: Sequence[tuple[RowGroup, np.ndarray]], max_history: int 
         for (group, _), a, b in zip(pieces, borders[:-1], borders[1:], strict=True):
             # Clipping changes nothing (rows were checked when they were read) and spares numpy a buffer.
             np.take(group.columns[name], index[a:b], out=values[a:b], mode="clip")
-    return Windows(columns, lengths, start, np.maximum(target_from - start, 0), user, row_id)
+    num_cut = int(np.maximum(start + 1 - np.maximum(target_from, 1), 0).sum())
+    return Windows(columns, lengths, start, np.maximum(target_from - start, 0), user, row_id, num_cut)
 
 
 def distinct(rows: np.ndarray, num_items: int) -> tuple[np.ndarray, np.ndarray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from mufasa_rec.data.order import EpochOrder, plan_epoch, readers_of
 from mufasa_rec.data.parquet import RowGroup, RowGroupReader, RowGroupRef
 from mufasa_rec.data.randomness import generator
 
+logger = logging.getLogger(__name__)
 _PERMUTATION_STREAM = 4
 
 
@@ -109,6 +111,7 @@ class Loader:
         self.groups, self.catalog, self.config, self.sampler = groups, catalog, config, sampler
         self.columns = ("item", *columns)
         self._files = RowGroupReader(self.columns)
+        self._told = False
         self.rank, self.world_size, self.seed = rank, world_size, seed
         self.readers = readers_of(rank, world_size, config.num_readers)
         self._open: dict[int, tuple[tuple[int, int], RowGroup, np.ndarray]] = {}
@@ -156,12 +159,25 @@ class Loader:
             row = int(windows.row_id[np.flatnonzero(windows.lengths == 0)[0]])
             raise ValueError(f"rows: row {row} of an evaluation part has no event to rank; leave such rows out.")
         seen = cut_windows(pieces, None) if self.sampler is None else None
+        self._tell_cut_targets(windows)
         rows, bias = self._candidates(windows, order, step)
         actions = None if self.sampler is None else self.target_actions
         batch = collate(windows, self.catalog, rows, bias, seen=seen, target_actions=actions, dedup=self.config.dedup)
         batch.epoch, batch.step = order.epoch, step
         batch.num_rows = batch.num_rows if real else 0
         return batch
+
+    def _tell_cut_targets(self, windows: Windows) -> None:
+        """Say once that rows have targets further back than the history that they keep."""
+        if not windows.num_cut or self.sampler is None or self._told or self.rank:
+            return
+        self._told = True
+        logger.warning(
+            "data.max_history=%d: rows have targets further back than that (%d in this batch), which are not trained on; "
+            "raise data.max_history, or prepare the data with no more targets per row (split.targets_per_row)",
+            self.config.max_history,
+            windows.num_cut,
+        )
 
     def _candidates(self, windows: Windows, order: EpochOrder, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Item rows and `-log Q` of the candidates that this rank brings to the step."""

@@ -175,6 +175,17 @@ def test_state_continues_with_the_next_row_of_every_reader(dataset: str) -> None
     assert loader.state(3, order.num_steps).readers == [(-1, 0)] * 8
 
 
+def test_targets_beyond_the_history_are_told_once(dataset: str, caplog: pytest.LogCaptureFixture) -> None:
+    list(loader_of(config_of(dataset)).batches(0))
+    (record,) = caplog.records
+    assert "data.max_history=12: rows have targets further back" in record.getMessage()
+    caplog.clear()
+    whole = config_of(dataset, max_history=300)
+    list(loader_of(whole).batches(0))
+    list(loader_of(config_of(dataset), "test").batches(0))
+    assert not caplog.records
+
+
 def test_thread_makes_the_batches_that_are_made_without_it(dataset: str) -> None:
     config = config_of(dataset)
     ahead = replace(config, data=replace(config.data, prefetch=3))
