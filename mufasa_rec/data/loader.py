@@ -173,7 +173,7 @@ class Loader:
             return
         self._told = True
         logger.warning(
-            "data.max_history=%d: rows have targets further back than that (%d in this batch), which are not trained on; "
+            "data.max_history=%d: rows have targets further back than that (%d in this batch), never trained on; "
             "raise data.max_history, or prepare the data with no more targets per row (split.targets_per_row)",
             self.config.max_history,
             windows.num_cut,
