@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from torchx_apps import demo, local_job
-from torchx_apps.demo import MARKER, OUTPUTS, DemoOptions, claim_run_folder, format_table, main
+from torchx_apps.demo import MARKER, OUTPUTS, DemoOptions, claim_run_folder, format_table, main, prepare_job
 from torchx_apps.local_job import Job, JobFailedError, Output, readable, run_job
 
 COMPONENTS = Path(__file__).resolve().parent.parent / "components"
@@ -25,7 +25,7 @@ logging.warning("heard %s", sys.argv[1:])
 if os.environ.get("FAKE_WAIT"):
     pathlib.Path(os.environ["FAKE_WAIT"], rank).write_text(str(os.getpid()))
     time.sleep(300)
-if options.get("--preset") == "broken" and rank == "1":
+if options.get("--preset") == "ml-1m" and rank == "1":
     raise ValueError("preset is 'broken': give another")
 if rank == "0":
     if "--input" in options:
@@ -163,7 +163,7 @@ def test_demo_runs_its_jobs_and_prints_the_table(tiny_apps: Path, capsys: pytest
 def test_failing_job_ends_the_demo_with_its_name_its_log_and_its_error(
     tiny_apps: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["--run", "run", "--preset", "broken"]) == 1
+    assert main(["--run", "run", "--preset", "ml-1m"]) == 1
     message = capsys.readouterr().err
     assert "job 'train' failed" in message
     assert f"its logs: {Path('run', 'logs', 'train')}" in message
@@ -195,3 +195,19 @@ def test_interrupted_demo_leaves_no_process_behind(tiny_apps: Path) -> None:
     pids = [int(path.read_text()) for path in (tiny_apps / "pids").iterdir()]
     assert len(pids) == 2
     assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+
+
+def test_unknown_preset_is_refused_before_any_job(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["--run", str(tmp_path / "run"), "--preset", "fast"]) == 2
+    assert "preset='fast': unknown; choose one of default, demo, ml-1m" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_training_rows_hold_no_more_targets_than_the_preset_reads() -> None:
+    arguments = prepare_job(DemoOptions(preset="ml-1m")).program_args
+    assert arguments[arguments.index("--split.targets-per-row") + 1] == "200"
+
+
+def test_columns_without_data_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"columns is 'c.json' without data"):
+        DemoOptions(columns="c.json")

@@ -89,11 +89,12 @@ def make_loader(config: RunConfig, data: OpenDataset, part: str, env: Distribute
     data_config = config.data
     if part == "train":
         info = data.split.parts[part]
+        targets = min(info.targets / max(info.rows, 1), config.data.max_history)
         sampler = NegativeSampler(
             config.data.negatives,
             data.catalog.available,
             data.catalog.counts,
-            info.targets / max(info.rows, 1),
+            targets,
             config.seed,
         )
         if config.data.target_actions is not None:

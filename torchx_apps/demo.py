@@ -18,6 +18,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from mufasa_rec.config import RunConfig
+from mufasa_rec.presets import preset
 from torchx_apps.local_job import Job, JobFailedError, run_job
 
 TASKS = ("retrieval",)
@@ -67,6 +69,7 @@ class DemoOptions:
             raise ValueError(
                 f"task is {self.task!r}: the tasks that exist are {', '.join(TASKS)}; give TASK={TASKS[0]}"
             )
+        self.config()
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}: give SEED=0 or more")
         if any(character in str(self.run) for character in ",;="):
@@ -81,6 +84,10 @@ class DemoOptions:
             raise ValueError(f"columns is {self.columns!r}: no such file; give COLUMNS=<a columns.json>")
         if self.data and Path(self.data).resolve().is_relative_to(self.run.resolve()):
             raise ValueError(f"data is {self.data!r}, inside the run folder '{self.run}': give another RUN=<folder>")
+
+    def config(self) -> RunConfig:
+        """The preset's configuration; a ``ValueError`` lists the presets there are."""
+        return preset(self.preset)
 
     @property
     def source(self) -> str:
@@ -179,7 +186,10 @@ def run_demo(options: DemoOptions) -> None:
 
 def prepare_job(options: DemoOptions) -> Job:
     """Return the job that makes the data set."""
+    # A row may hold no more targets than the model reads of it, or the oldest would never be trained on.
+    targets = str(options.config().data.max_history)
     arguments = ["--input", options.source, "--output", str(options.run / "dataset")]
+    arguments += ["--split.targets-per-row", targets]
     if options.columns:
         arguments += ["--columns-file", options.columns]
     return Job(name="prepare", component="prepare", program_args=arguments)

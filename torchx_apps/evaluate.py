@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         runs = _runs(options.run, options.compare)
         with distributed() as env:
             evaluate(runs, Path(options.output), options.part, env, dataset=options.dataset)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"evaluate: {error}") from error
 
 
@@ -164,7 +164,8 @@ def _transitions(
     config: RunConfig, data: assembly.OpenDataset, env: DistributedEnv, exchange: RankExchange
 ) -> Transitions:
     """Count the training transitions, each rank its readers' rows, and add them up."""
-    loader = assembly.make_loader(config, data, "train", env)
+    whole = replace(config, data=replace(config.data, max_history=1 << 30))  # every transition, not the model's window
+    loader = assembly.make_loader(whole, data, "train", env)
     return Transitions.merge(exchange.objects(count_transitions(loader.batches(0))))
 
 

@@ -17,6 +17,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from mufasa_rec.config import CONFIG_FILE, RunConfig, save_config
+from mufasa_rec.data import paths
 from mufasa_rec.distributed.collectives import RankExchange
 from mufasa_rec.distributed.env import DistributedEnv, distributed
 from mufasa_rec.training.optim import TrainOptimizer
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with distributed() as env:
             torch.set_num_threads(config.threads)
             train(config, folder, env)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"train: {error}") from error
 
 
@@ -90,7 +91,8 @@ def train(config: RunConfig, folder: Path, env: DistributedEnv) -> dict:
     )
     result = trainer.fit()
     if env.is_main:
-        (folder / "summary.json").write_text(json.dumps(result, indent=2))
+        with paths.atomic_write(folder / "summary.json") as path:
+            path.write_text(json.dumps(result, indent=2))
         best = result["best"]
         logger.info(
             "done: %d steps in %.0f s; best validation HR@10 %.4f, NDCG@10 %.4f at step %d; run folder %s",
@@ -101,11 +103,17 @@ def train(config: RunConfig, folder: Path, env: DistributedEnv) -> dict:
 
 def _claim(folder: Path, env: DistributedEnv, exchange: RankExchange) -> None:
     """Refuse a folder that holds something else, on all ranks alike, before anything is written."""
-    taken = bool(exchange.objects((folder / CONFIG_FILE).exists())[0])
-    if taken:
-        raise ValueError(f"--run {folder}: already holds a run; choose another folder, or remove that one.")
-    if env.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
+    problem = None
+    if env.is_main and (folder / CONFIG_FILE).exists():
+        problem = f"--run {folder}: already holds a run; choose another folder, or remove that one."
+    elif env.is_main:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            problem = f"--run {folder}: cannot be made ({error.strerror}); choose a folder that this user may write."
+    problem = exchange.objects(problem)[0]
+    if problem:
+        raise ValueError(problem)
 
 
 def _describe(data: assembly.OpenDataset, dense: dict, steps: int) -> None:

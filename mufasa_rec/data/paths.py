@@ -60,7 +60,8 @@ def open_file(url: Location, mode: str = "rb") -> IO[Any]:
     try:
         if not is_remote(url):
             return open(local_path(url), mode)
-        return fsspec.open(os.fspath(url), mode).open()
+        filesystem, path = url_to_fs(os.fspath(url))
+        return filesystem.open(path, mode)
     except FileNotFoundError as error:
         raise ValueError(f"{os.fspath(url)}: no such file; check the path, or prepare the data set again") from error
 

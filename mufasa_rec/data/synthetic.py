@@ -89,6 +89,11 @@ class SyntheticConfig:
                 f"active_topics={self.active_topics}, repertoire={self.repertoire}, topics={self.num_topics}: "
                 "each must be at most the next one."
             )
+        if 4 * self.mean_events >= self.num_items - self.num_topics:
+            raise ValueError(
+                f"mean_events={self.mean_events}: a user may have four times as many, which must be fewer than the "
+                f"{self.num_items - self.num_topics} items that are not cold; lower it or raise items_per_topic."
+            )
         if not 0.0 <= self.cold_topic_share <= 1.0:
             raise ValueError(f"cold_topic_share={self.cold_topic_share}: choose 0 to 1.")
 
@@ -356,7 +361,7 @@ def generate(seed: int, config: SyntheticConfig | None = None) -> SyntheticCatal
     Example:
         >>> catalog = generate(0, SyntheticConfig(num_users=20, mean_events=12))
         >>> len(catalog.item_id), len(catalog.oracle_rank)
-        (3000, 20)
+        (2000, 20)
     """
     config = config or SyntheticConfig()
     rng = np.random.default_rng([seed, 20_251_120])

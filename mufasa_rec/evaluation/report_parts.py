@@ -14,7 +14,7 @@ from mufasa_rec.evaluation.figures import Bar, Curve, colour_of
 ROWS = {
     "popularity": ("Popularity", "the same list for everyone: items by their number of training events"),
     "markov": ("Markov chain", "what most often followed the user's last item in training"),
-    "model_without_content": ("Model, ids only", "the same model, trained without content vectors"),
+    "model_without_content": ("Model, no content", "the same model, trained without content vectors"),
     "model": ("Model", "the trained model"),
     "oracle": ("Oracle", "ranks by the generator's true distribution: the ceiling, known for generated data only"),
 }

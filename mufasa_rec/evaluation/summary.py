@@ -11,8 +11,8 @@ from mufasa_rec.data.item_lookup import ItemLookup
 from mufasa_rec.evaluation.ranks import Ranked, bootstrap_interval, gains
 
 FEW_EVENTS = 5
-_FEW = f"target with ≤ {FEW_EVENTS} training events"
-_COLD = "cold target (no training event)"
+_FEW = f"≤ {FEW_EVENTS} training events"
+_COLD = "no training event"
 _HISTORY_BORDERS = (50, 200)
 
 

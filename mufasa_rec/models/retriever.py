@@ -34,12 +34,14 @@ class RetrieverOutput:
         item_vectors: Unit vectors of the batch's items, `[U, E]`; empty in training.
         loss_sum: Sum of this rank's target losses, detached; 0 in evaluation.
         num_places: Places that the events took with their padding.
+        temperature: The objective's learned temperature, a scalar, detached.
     """
 
     user_vectors: Tensor
     item_vectors: Tensor
     loss_sum: Tensor
     num_places: int
+    temperature: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,14 +122,17 @@ class RetrieverArch(nn.Module):
             values[f"content.{name}"] = values[f"content.{name}"][:, :width].float()
         items = self.tower(values["item"].float(), values, batch.present, batch.category_lengths)
         history = self._history(items, values, batch)
+        temperature = self.objective.temperature.detach()
         if not self.training:
             users = F.normalize(self.extractor(history).float(), dim=-1)
             nothing = users.new_zeros(())
-            return nothing, RetrieverOutput(users, items.vectors.float(), nothing, self.extractor.num_places)
+            return nothing, RetrieverOutput(
+                users, items.vectors.float(), nothing, self.extractor.num_places, temperature
+            )
         states = self.extractor.encode(history)
         loss, total = self.objective(_questions(states, items, batch))
         empty = states.new_zeros(0, states.shape[1])
-        return loss, RetrieverOutput(empty, empty, total, self.extractor.num_places)
+        return loss, RetrieverOutput(empty, empty, total, self.extractor.num_places, temperature)
 
     def _history(self, items: Items, values: dict[str, Tensor], batch: Batch) -> History:
         embedded = items.embedded.index_select(0, batch.event_item)

@@ -65,6 +65,7 @@ class StepOutput(Protocol):
 
     loss_sum: Tensor
     num_places: int
+    temperature: Tensor
 
 
 class Trainer:
@@ -112,6 +113,7 @@ class Trainer:
         self.interval = Interval(exchange, self.waiting, self.device)
         self.begin = time.perf_counter()
         self._batches: list[Batch] = []
+        self._temperature = torch.zeros(())
 
     def _forward(self, batch: Batch) -> tuple[Tensor, StepOutput]:
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.bf16):
@@ -179,6 +181,7 @@ class Trainer:
             yield batch
 
     def _account(self, epoch: int, batch: Batch, output: StepOutput) -> None:
+        self._temperature = output.temperature
         self.interval.add(output.loss_sum, batch.num_targets, batch.num_rows, batch.num_events, output.num_places)
         self.tracker.advance()
         if self.optimizer.num_steps % self.config.log_every == 0:
@@ -198,6 +201,7 @@ class Trainer:
             "time_s": time.perf_counter() - self.begin,
             "learning_rate": self.optimizer.learning_rate,
             "grad_norm": float(self.optimizer.grad_norm),
+            "temperature": float(self._temperature),
         }
         self.tracker.record("train", step, metrics, _train_line(step, metrics))
 
@@ -226,7 +230,7 @@ def _train_line(step: int, metrics: dict[str, float]) -> str:
         f"{metrics['samples_per_s']:,.0f} rows/s · {metrics['events_per_s']:,.0f} events/s · "
         f"padding {metrics['padding_share']:.1%} · imbalance {metrics['rank_imbalance']:.1%} · "
         f"data wait {metrics['data_wait_share']:.1%} · lr {metrics['learning_rate']:.2g} · "
-        f"|g| {metrics['grad_norm']:.2f}"
+        f"|g| {metrics['grad_norm']:.2f} · τ {metrics['temperature']:.3f}"
     )
 
 

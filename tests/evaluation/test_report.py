@@ -167,7 +167,7 @@ def test_page_stands_alone(tmp_path: Path) -> None:
 
 def test_all_rows_and_values_are_shown(tmp_path: Path) -> None:
     page = Page(full(tmp_path)).text
-    for label in ("Popularity", "Markov chain", "Model", "Model, ids only", "Oracle", "chance"):
+    for label in ("Popularity", "Markov chain", "Model", "Model, no content", "Oracle", "chance"):
         assert label in page
     for hit, gain, reciprocal in ROWS.values():
         for value in (hit, gain, reciprocal, hit - 0.011, gain + 0.006):

@@ -31,8 +31,8 @@ STORES = {"title": np.array([3, -1, 0, 1])}
 def test_slices_hold_the_users_they_name() -> None:
     slices = {name: mask.tolist() for name, mask in slices_of(RANKED, Catalog(), STORES).items()}  # type: ignore[arg-type]
     assert slices == {
-        "target with ≤ 5 training events": [True, True, False, False],
-        "cold target (no training event)": [True, False, False, False],
+        "≤ 5 training events": [True, True, False, False],
+        "no training event": [True, False, False, False],
         "history under 50": [True, False, False, False],
         "history 50 to 199": [False, True, True, False],
         "history of 200 and more": [False, False, False, True],
