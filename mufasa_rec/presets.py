@@ -14,18 +14,15 @@ from mufasa_rec.training.trainer import TrainerConfig
 
 
 def demo() -> RunConfig:
-    """A minute or two on two cores: what `make demo` trains.
+    """Two minutes on two cores: what `make demo` trains.
 
-    One wide layer: on the generated catalog the width, which must hold several interests at once, matters more than
-    the depth.
+    Wide for its depth: on the generated catalog the width must hold several interests at once.
     """
     return RunConfig(
         data=DataConfig(batch_size=64, max_history=64),
-        model=RetrieverConfig(
-            width=128, id_dropout=0.3, extractor=FullAttentionConfig(num_layers=1, num_heads=4, dropout=0.1)
-        ),
+        model=RetrieverConfig(width=128, id_dropout=0.3, extractor=FullAttentionConfig(num_heads=4, dropout=0.1)),
         optimizer=OptimizerConfig(
-            learning_rate=5e-3, warmup_steps=50, tables=TableOptimizerConfig(name="adagrad", learning_rate=0.01)
+            learning_rate=4e-3, warmup_steps=50, tables=TableOptimizerConfig(name="adagrad", learning_rate=0.01)
         ),
         trainer=TrainerConfig(epochs=12, max_steps=800, validate_every=3, patience=3),
     )
