@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,11 +16,25 @@ import yaml
 
 from mufasa_rec.data import paths
 from mufasa_rec.data.loader import DataConfig
+from mufasa_rec.distributed.sharding import ShardingConfig
 from mufasa_rec.models.retriever import RetrieverConfig
 from mufasa_rec.training.optim import OptimizerConfig
+from mufasa_rec.training.saver import CheckpointConfig
 from mufasa_rec.training.trainer import TrainerConfig
 
 CONFIG_FILE = "config.yaml"
+# What may differ when a run is continued: it moves no weight and no row of the steps that were done.
+CHANGEABLE = (
+    "data.dataset",
+    "data.prefetch",
+    "trainer.epochs",
+    "trainer.max_steps",
+    "trainer.patience",
+    "trainer.log_every",
+    "checkpoint",
+    "sharding",
+    "threads",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +46,8 @@ class RunConfig:
         model: The retriever.
         optimizer: How weights are updated.
         trainer: How long, and with what care.
+        checkpoint: When the run is saved, and where.
+        sharding: How tables are spread over ranks.
         mask_seen: Whether evaluation masks items that a user has seen; None takes the data set's default (masked
             unless more than 1 % of targets are repeats).
         seed: Seed of weights, data order, negatives and dropout.
@@ -41,6 +58,8 @@ class RunConfig:
     model: RetrieverConfig = field(default_factory=RetrieverConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    sharding: ShardingConfig = field(default_factory=ShardingConfig)
     mask_seen: bool | None = None
     seed: int = 0
     threads: int = 1
@@ -78,6 +97,40 @@ def load_config(file: paths.Location, base: RunConfig | None = None) -> RunConfi
         return dacite.from_dict(RunConfig, merged, dacite.Config(strict=True, cast=[tuple, float]))
     except (dacite.DaciteError, ValueError) as error:
         raise ValueError(f"{file}: {error}") from error
+
+
+def refuse_changes(saved: RunConfig, now: RunConfig, folder: paths.Location) -> None:
+    """Refuse to continue a run with settings that would make it another run.
+
+    Args:
+        saved: Configuration of the run in `folder`.
+        now: Configuration that it is to be continued with.
+        folder: The run folder.
+
+    Raises:
+        ValueError: Names the fields with both values.
+    """
+    changed = [
+        f"{name} is {old!r} there and {new!r} now"
+        for name, old, new in _differences(_plain(dataclasses.asdict(saved)), _plain(dataclasses.asdict(now)), "")
+        if not any(name == field or name.startswith(f"{field}.") for field in CHANGEABLE)
+    ]
+    if changed:
+        more = f", and {len(changed) - 5} more" if len(changed) > 5 else ""
+        raise ValueError(
+            f"--run {folder}: already holds a run with other settings: {'; '.join(changed[:5])}{more}. Choose another "
+            "folder, or continue that run with its own settings: give --run alone."
+        )
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any, Any]]:
+    """Path, old and new value of every field that differs."""
+    for name, value in new.items():
+        before = old.get(name)
+        if isinstance(value, dict) and isinstance(before, dict):
+            yield from _differences(before, value, f"{prefix}{name}.")
+        elif value != before:
+            yield f"{prefix}{name}", before, value
 
 
 def _merged(base: dict[str, Any], given: dict[str, Any], file: str, prefix: str) -> dict[str, Any]:

@@ -4,9 +4,12 @@ The three are built against one another minor by minor. A wrong pair fails deep 
 this check fails first and says which package is wrong, which one is right, and the pip command that brings it.
 """
 
+import platform
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 
 # torchrec and fbgemm-gpu share a version number; the value is the torch they are built for.
 TORCH_OF = {"1.6": "2.11", "1.7": "2.12", "1.8": "2.13", "1.9": "2.14"}
@@ -84,6 +87,33 @@ def _wrong_minor(installed: Installed, minor: str, wanted: str) -> str | None:
                 f"{name} {version} {fits}, but torch {installed.torch} is installed: it needs {name} {minor}. {remedy}"
             )
     return None
+
+
+def code_versions() -> dict[str, str]:
+    """Versions of the packages that a program's numbers depend on, and the commit of a checkout."""
+    names = ("mufasa_rec", "torch", "torchrec", FBGEMM_CPU, FBGEMM_CUDA, "pyarrow", "numpy")
+    found = {"python": platform.python_version()}
+    found |= {name: version for name in names if (version := _version(metadata.version, name))}
+    if commit := checkout_commit():
+        found["commit"] = commit
+    return found
+
+
+def checkout_commit() -> str | None:
+    """The commit of the checkout that this file lies in, with a `+` when files were changed; None outside one."""
+
+    def git(*arguments: str) -> str:
+        folder = Path(__file__).resolve().parent.parent
+        if not (folder / ".git").exists():  # an installed package may lie in somebody else's checkout
+            raise FileNotFoundError(folder)
+        return subprocess.run(
+            ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def _version(version_of: Callable[[str], str], name: str) -> str | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -177,7 +176,7 @@ def content_tables(data: OpenDataset) -> tuple[str, ...]:
 
 def shard_retriever(config: RunConfig, data: OpenDataset, retriever: Retriever, device: torch.device) -> nn.Module:
     """Shard the retriever, draw its tables' weights, and read the content shard by shard."""
-    plan = sharding.make_plan(retriever, device)
+    plan = sharding.make_plan(retriever, device, config.sharding)
     if dist.get_rank() == 0:
         logger.info("plan:\n%s", sharding.describe(plan))
     trained = [c.name for c in retriever.sparse.ids.embedding_configs()]
@@ -207,14 +206,3 @@ def make_scorer(
 def load_vocabulary(run: str) -> ItemVocabulary:
     """The vocabulary of an existing run."""
     return ItemVocabulary.load(run)
-
-
-def run_folder(run: str) -> Path:
-    """The run folder as a local path.
-
-    Raises:
-        ValueError: For a URL: logs are appended to, which object stores cannot.
-    """
-    if paths.is_remote(run):
-        raise ValueError(f"run={run!r}: logs are appended to while training; choose a folder on a mounted disk.")
-    return Path(run)

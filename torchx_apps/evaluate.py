@@ -31,8 +31,8 @@ from mufasa_rec.evaluation.ranks import Ranked
 from mufasa_rec.evaluation.report import write_report
 from mufasa_rec.evaluation.summary import histograms, paired, summarise
 from mufasa_rec.models.baselines import Transitions, count_transitions
-from mufasa_rec.training.checkpoint import load_model
-from torchx_apps import assembly
+from mufasa_rec.training.checkpoint import check_intact, find_checkpoint, load_model
+from torchx_apps import assembly, run_folder
 
 logger = logging.getLogger(__name__)
 MODEL = "model"
@@ -50,11 +50,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", required=True, metavar="FOLDER", help="where the results are written")
     parser.add_argument("--part", default="test", choices=("validation", "test"), help="part of the split (test)")
     parser.add_argument("--dataset", metavar="FOLDER", help="where the data set lies now, if it was moved")
+    parser.add_argument(
+        "--checkpoint", default="best", metavar="WHICH", help="of --run: best (by validation), newest, or a step (best)"
+    )
     options = parser.parse_args(argv)
     try:
         runs = _runs(options.run, options.compare)
         with distributed() as env:
-            evaluate(runs, Path(options.output), options.part, env, dataset=options.dataset)
+            evaluate(
+                runs, Path(options.output), options.part, env, dataset=options.dataset, checkpoint=options.checkpoint
+            )
     except (ValueError, OSError) as error:
         raise SystemExit(f"evaluate: {error}") from error
 
@@ -71,7 +76,13 @@ def _runs(run: str, compare: str) -> dict[str, str]:
 
 
 def evaluate(
-    runs: dict[str, str], output: Path, part: str, env: DistributedEnv, *, dataset: str | None = None
+    runs: dict[str, str],
+    output: Path,
+    part: str,
+    env: DistributedEnv,
+    *,
+    dataset: str | None = None,
+    checkpoint: str = "best",
 ) -> list[dict[str, Any]]:
     """Rank every run, the baselines and, for generated data, the oracle.
 
@@ -81,6 +92,7 @@ def evaluate(
         part: `validation` or `test`.
         env: This process among its peers; the process group must be up.
         dataset: Where the data set lies now; None for where the runs read it.
+        checkpoint: Which checkpoint of the first run: `best`, `newest` or a step; of the others it is the best.
 
     Returns:
         The rows of `summary.json`.
@@ -99,7 +111,8 @@ def evaluate(
     ranked["markov"] = evaluator.rank(MarkovScorer(_transitions(first, data, env, exchange), data.catalog.counts))
     seconds["markov"] = time.perf_counter() - begin
     for name, folder in runs.items():
-        ranked[name], seconds[name] = _rank_run(folder, configs[name], data, part, env, exchange)
+        which = checkpoint if name == MODEL else "best"
+        ranked[name], seconds[name] = _rank_run(folder, which, configs[name], data, part, env, exchange)
     oracle = _oracle(data, part, ranked[MODEL], evaluator.mask_seen)
     if oracle is not None:
         ranked["oracle"], seconds["oracle"] = oracle, 0.0
@@ -131,6 +144,7 @@ def _config(folder: str, dataset: str | None) -> RunConfig:
 
 def _rank_run(
     folder: str,
+    which: str,
     config: RunConfig,
     first: assembly.OpenDataset,
     part: str,
@@ -146,12 +160,11 @@ def _rank_run(
         )
     begin = time.perf_counter()
     model = assembly.shard_retriever(config, data, assembly.build_retriever(config, data, exchange), env.device)
-    manifest = load_model(Path(folder) / "checkpoint", model, assembly.content_tables(data))
-    if manifest.get("split") != data.catalog.split:
-        raise ValueError(
-            f"{folder}/checkpoint: trained on split {manifest.get('split')}, but the data set holds "
-            f"{data.catalog.split}; evaluate on the data set that the run was trained on."
-        )
+    checkpoint = exchange.objects(find_checkpoint(config.checkpoint.location(folder), which))[0]
+    manifest = check_intact(checkpoint, exchange)
+    run_folder.refuse_other_data(manifest, data)
+    load_model(checkpoint, model, assembly.content_tables(data))
+    logger.info("%s: checkpoint %s, step %d", folder, manifest.name, manifest.step)
     model.eval()
     evaluator = assembly.make_evaluator(config, data, part, env, exchange)
     ranked = evaluator.rank(assembly.make_scorer(config, data, model, env, exchange))

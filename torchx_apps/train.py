@@ -1,29 +1,35 @@
-"""Train a retriever on a prepared data set.
+"""Train a retriever on a prepared data set, or continue an interrupted run.
 
     python -m torchx_apps.train --preset demo --data.dataset DATASET --run RUN [--trainer.epochs 5 ...]
+    python -m torchx_apps.train --run RUN
 
-Under torchrun or the component, one process per rank; alone, one rank.
+Under torchrun or the component, one process per rank; alone, one rank. A run folder that holds a run is continued from
+its newest checkpoint, on any number of ranks. Asked to stop (SIGTERM, SIGUSR1) it saves and ends with exit code 75.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
-from mufasa_rec.config import CONFIG_FILE, RunConfig, save_config
+from mufasa_rec.config import RunConfig, save_config
 from mufasa_rec.data import paths
+from mufasa_rec.data.batch import Batch
 from mufasa_rec.distributed.collectives import RankExchange
 from mufasa_rec.distributed.env import DistributedEnv, distributed
+from mufasa_rec.distributed.sharding import describe
+from mufasa_rec.training.checkpoint_manifest import Manifest
 from mufasa_rec.training.optim import TrainOptimizer
+from mufasa_rec.training.saver import Saver
 from mufasa_rec.training.tracker import Tracker
-from mufasa_rec.training.trainer import Trainer
-from torchx_apps import assembly, command_line
+from mufasa_rec.training.trainer import Surroundings, Trainer
+from torchx_apps import assembly, command_line, run_folder
 
 logger = logging.getLogger(__name__)
 
@@ -32,12 +38,12 @@ logger = logging.getLogger(__name__)
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, train, and write the run folder."""
     parser = command_line.parser("train", __doc__)
-    parser.add_argument("--run", metavar="FOLDER", help="run folder to write; must not hold another run")
+    parser.add_argument("--run", metavar="FOLDER", help="run folder to write, or to continue the run that it holds")
     try:
-        options, config = command_line.parse(parser, argv)
+        options, config = command_line.parse(parser, argv, lambda given: run_folder.saved_config(given.run))
         if not options.run:
-            raise ValueError("--run: missing; give a folder for this run's configuration, logs and checkpoint.")
-        folder = assembly.run_folder(options.run)
+            raise ValueError("--run: missing; give a folder for this run's configuration, logs and checkpoints.")
+        folder = run_folder.local_folder(options.run)
         with distributed() as env:
             torch.set_num_threads(config.threads)
             train(config, folder, env)
@@ -45,24 +51,27 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(f"train: {error}") from error
 
 
-def train(config: RunConfig, folder: Path, env: DistributedEnv) -> dict:
-    """Train a run from its first step to its end.
+def train(config: RunConfig, folder: Path, env: DistributedEnv, watch: Callable[[Batch], None] | None = None) -> dict:
+    """Train a run to its end, from its first step or from where it was interrupted.
 
     Args:
         config: The run.
         folder: Run folder.
         env: This process among its peers; the process group must be up.
+        watch: Called with each batch of this rank once its step is done.
 
     Returns:
         The best validation metrics, steps and seconds.
 
     Raises:
         ValueError: When the folder holds another run, or the config does not fit the data set.
+        Preempted: When the run was asked to stop and has been saved.
     """
     config.optimizer.tables.refuse_on(env.device)
     exchange = RankExchange()
-    data = assembly.open_dataset(config)
-    _claim(folder, env, exchange)
+    continues = run_folder.claim(folder, config, exchange)
+    vocabulary = assembly.load_vocabulary(str(folder)) if continues else None
+    data = assembly.open_dataset(config, vocabulary)
     train_loader = assembly.make_loader(config, data, "train", env)
     evaluator = assembly.make_evaluator(config, data, "validation", env, exchange)
     retriever = assembly.build_retriever(config, data, exchange)
@@ -72,48 +81,63 @@ def train(config: RunConfig, folder: Path, env: DistributedEnv) -> dict:
     steps = min(steps, config.trainer.max_steps or steps)
     dense = dict(in_backward_optimizer_filter(model.named_parameters()))
     optimizer = TrainOptimizer(dense, model.fused_optimizer, config.optimizer, steps)
+    about = run_folder.describe_run(config, data, describe(model.plan))  # type: ignore[arg-type]
+    saver = Saver(config.checkpoint.location(str(folder)), config.checkpoint, about)
+    newest = _newest(saver, data, continues)
     if env.is_main:
-        save_config(config, folder)
         data.catalog.vocabulary.save(folder)
+        save_config(config, folder)  # last: from here on the folder holds a run
         _describe(data, dense, steps)
-    torch.manual_seed(config.seed + 1 + env.rank)  # dropout differs between ranks
+    tracker = Tracker(
+        folder if env.is_main else None,
+        steps,
+        first_step=newest.step if newest else 0,
+        keep_bytes=newest.state["metrics_bytes"] if newest else 0,
+    )
     trainer = Trainer(
         model,
         optimizer,
         train_loader,
-        lambda: evaluator.metrics(scorer),
+        lambda after_batch: evaluator.metrics(scorer, after_batch),
         config.trainer,
-        tracker=Tracker(folder if env.is_main else None, steps),
-        exchange=exchange,
-        checkpoint=folder / "checkpoint",
-        frozen=assembly.content_tables(data),
-        manifest={"split": data.catalog.split, "dataset": data.manifest.name, "world_size": env.world_size},
+        Surroundings(tracker, exchange, saver, seed=config.seed, frozen=assembly.content_tables(data), watch=watch),
     )
+    if newest:
+        trainer.restore(newest)
+        logger.info("continues from checkpoint %s, written by %d ranks", newest.name, newest.world_size)
     result = trainer.fit()
     if env.is_main:
-        with paths.atomic_write(folder / "summary.json") as path:
-            path.write_text(json.dumps(result, indent=2))
-        best = result["best"]
-        logger.info(
-            "done: %d steps in %.0f s; best validation HR@10 %.4f, NDCG@10 %.4f at step %d; run folder %s",
-            result["steps"], result["seconds"], best["hr@10"], best["ndcg@10"], best["step"], folder,
-        )  # fmt: skip
+        _report(result, folder)
     return result
 
 
-def _claim(folder: Path, env: DistributedEnv, exchange: RankExchange) -> None:
-    """Refuse a folder that holds something else, on all ranks alike, before anything is written."""
-    problem = None
-    if env.is_main and (folder / CONFIG_FILE).exists():
-        problem = f"--run {folder}: already holds a run; choose another folder, or remove that one."
-    elif env.is_main:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            problem = f"--run {folder}: cannot be made ({error.strerror}); choose a folder that this user may write."
-    problem = exchange.objects(problem)[0]
-    if problem:
-        raise ValueError(problem)
+def _newest(saver: Saver, data: assembly.OpenDataset, continues: bool) -> Manifest | None:
+    """The checkpoint to continue from, None for a run that has none.
+
+    Raises:
+        ValueError: When a new run finds checkpoints, or the checkpoint was written on other data.
+    """
+    newest = saver.newest()
+    if newest is None:
+        if continues:
+            logger.warning("the run was interrupted before its first checkpoint: it begins anew")
+        return None
+    if not continues:
+        raise ValueError(
+            f"checkpoint.folder={saver.location}: holds checkpoints of another run; choose a folder of its own."
+        )
+    run_folder.refuse_other_data(newest, data)
+    return newest
+
+
+def _report(result: dict, folder: Path) -> None:
+    with paths.atomic_write(folder / "summary.json") as path:
+        path.write_text(json.dumps(result, indent=2))
+    best = result["best"]
+    logger.info(
+        "done: %d steps in %.0f s; best validation HR@10 %.4f, NDCG@10 %.4f at step %d; run folder %s",
+        result["steps"], result["seconds"], best["hr@10"], best["ndcg@10"], best["step"], folder,
+    )  # fmt: skip
 
 
 def _describe(data: assembly.OpenDataset, dense: dict, steps: int) -> None:

@@ -80,6 +80,69 @@ def list_files(folder: Location, suffix: str = "") -> list[str]:
     return sorted(filesystem.unstrip_protocol(name) for name in found if name.endswith(suffix))
 
 
+def list_folders(folder: Location) -> list[str]:
+    """Sorted names of the folders in ``folder``; empty if there is no such folder."""
+    if not is_remote(folder):
+        root = local_path(folder)
+        return sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+    filesystem, path = url_to_fs(os.fspath(folder))
+    filesystem.invalidate_cache()  # another process may have written since
+    if not filesystem.exists(path):
+        return []
+    found = [entry["name"] for entry in filesystem.ls(path, detail=True) if entry["type"] == "directory"]
+    return sorted(name.rstrip("/").rsplit("/", 1)[-1] for name in found)
+
+
+def remove_folder(folder: Location) -> None:
+    """Removes a folder with all that it holds; nothing happens if it is not there."""
+    if not is_remote(folder):
+        shutil.rmtree(local_path(folder), ignore_errors=True)
+        return
+    filesystem, path = url_to_fs(os.fspath(folder))
+    if filesystem.exists(path):
+        filesystem.rm(path, recursive=True)
+
+
+def remove_file(file: Location) -> None:
+    """Removes a file; nothing happens if it is not there."""
+    if not is_remote(file):
+        local_path(file).unlink(missing_ok=True)
+        return
+    filesystem, path = url_to_fs(os.fspath(file))
+    if filesystem.exists(path):
+        filesystem.rm_file(path)
+
+
+def rename_folder(folder: Location, name: str) -> str:
+    """Gives a folder another name beside the old one, by one rename when local, file by file when remote.
+
+    Returns:
+        The new location.
+    """
+    text = os.fspath(folder).rstrip("/")
+    target = f"{text.rpartition('/')[0]}/{name}" if "/" in text else name
+    if not is_remote(folder):
+        os.rename(local_path(folder), local_path(target))
+        return target
+    filesystem, path = url_to_fs(text)
+    filesystem.mv(path, url_to_fs(target)[1], recursive=True)
+    return target
+
+
+def put_file(file: Path, url: Location) -> None:
+    """Copies a local file to a URL.
+
+    Raises:
+        OSError: The copy does not have the file's size.
+    """
+    filesystem, path = url_to_fs(os.fspath(url))
+    filesystem.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+    filesystem.put_file(str(file), path)
+    arrived, sent = filesystem.size(path), file.stat().st_size
+    if arrived != sent:
+        raise OSError(errno.EIO, f"{os.fspath(url)}: {arrived:,} bytes arrived, {sent:,} were sent")
+
+
 def local_copy(url: Location) -> Path:
     """A local file with the content of ``url``: itself when local, else a copy in fsspec's file cache.
 

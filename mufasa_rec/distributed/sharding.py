@@ -7,7 +7,7 @@ import os
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -29,7 +29,41 @@ logger = logging.getLogger(__name__)
 _BLOCK = 1 << 16  # rows that share one random stream
 _RESERVED_SHARE = 0.15  # of a device's memory, for everything that is no table
 # Rows stay whole (weights are drawn and content is read by rows), and every table is a ShardedTensor in the checkpoint.
-_GPU_SHARDING_TYPES = ["row_wise", "table_wise", "table_row_wise"]
+ShardingType = Literal["row_wise", "table_wise", "table_row_wise"]
+_GPU_SHARDING_TYPES: tuple[ShardingType, ...] = get_args(ShardingType)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardingConfig:
+    """How tables are spread over ranks.
+
+    Attributes:
+        types: Sharding types that the planner may choose from; None for row-wise on a CPU, and all of them on a GPU.
+    """
+
+    types: tuple[ShardingType, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name in self.types or ():
+            if name not in get_args(ShardingType):
+                raise ValueError(f"sharding.types: {name!r}: choose from {', '.join(get_args(ShardingType))}.")
+        if self.types == ():
+            raise ValueError("sharding.types is empty: name at least one, or leave it out.")
+
+    def allowed(self, device: torch.device) -> tuple[ShardingType, ...]:
+        """What the planner may choose from on a device.
+
+        Raises:
+            ValueError: For a type that the device does not have.
+        """
+        if device.type != "cpu":
+            return self.types or _GPU_SHARDING_TYPES
+        if self.types and "table_row_wise" in self.types:
+            raise ValueError(
+                "sharding.types: 'table_row_wise' spreads a table over one node's GPUs; on a CPU choose row_wise or "
+                "table_wise."
+            )
+        return self.types or ("row_wise",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,12 +114,13 @@ def freeze(collection: nn.Module) -> None:
     apply_optimizer_in_backward(optimizer_class=SGD, params=collection.parameters(), optimizer_kwargs={"lr": 0.0})
 
 
-def make_plan(model: nn.Module, device: torch.device) -> ShardingPlan:
-    """Plan every table: row-wise with a fused kernel on a CPU, the planner's choice of whole-row shardings on a GPU.
+def make_plan(model: nn.Module, device: torch.device, config: ShardingConfig | None = None) -> ShardingPlan:
+    """Plan every table: with a fused kernel on a CPU, with the planner's choice on a GPU.
 
     Args:
         model: The unsharded model, embedding collections on `meta` or on a device.
         device: Device of this rank.
+        config: What the planner may choose from.
 
     Returns:
         The same plan on every rank.
@@ -96,10 +131,10 @@ def make_plan(model: nn.Module, device: torch.device) -> ShardingPlan:
         if isinstance(module, EmbeddingCollection)
         for config in module.embedding_configs()
     ]
-    if device.type == "cpu":
-        allowed = ParameterConstraints(sharding_types=["row_wise"], compute_kernels=["fused"])
-    else:
-        allowed = ParameterConstraints(sharding_types=_GPU_SHARDING_TYPES)
+    allowed = ParameterConstraints(
+        sharding_types=list((config or ShardingConfig()).allowed(device)),
+        compute_kernels=["fused"] if device.type == "cpu" else None,
+    )
     planner = EmbeddingShardingPlanner(
         topology=_topology(device),
         constraints=dict.fromkeys(tables, allowed),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -132,8 +132,13 @@ class Evaluator:
         self.part = catalog_part(len(catalog), exchange.rank, exchange.world_size)
 
     @torch.no_grad()
-    def rank(self, scorer: Scorer) -> Ranked:
-        """Rank every target by a scorer; collective, the same result on every rank."""
+    def rank(self, scorer: Scorer, after_batch: Callable[[], None] | None = None) -> Ranked:
+        """Rank every target by a scorer; collective, the same result on every rank.
+
+        Args:
+            scorer: Scores the catalog.
+            after_batch: Called after every batch, equally often on every rank; may end the ranking by raising.
+        """
         scorer.prepare(self.part)
         found = []
         for queries in self._queries(scorer):
@@ -141,11 +146,13 @@ class Evaluator:
             rank, top = rank_targets(scorer.scores(queries), self.part, queries.target_row, seen, self.exchange)
             columns = (queries.user, queries.target_row, rank, top, queries.history_length)
             found.append(Ranked(*(column.cpu().numpy() for column in columns)))
+            if after_batch is not None:
+                after_batch()
         return Ranked.concatenate(found)
 
-    def metrics(self, scorer: Scorer) -> dict[str, float]:
-        """Mean HR@10, NDCG@10 and MRR over all targets."""
-        return {name: float(values.mean()) for name, values in gains(self.rank(scorer).rank).items()}
+    def metrics(self, scorer: Scorer, after_batch: Callable[[], None] | None = None) -> dict[str, float]:
+        """Mean HR@10, NDCG@10 and MRR over all targets; see `rank`."""
+        return {name: float(values.mean()) for name, values in gains(self.rank(scorer, after_batch).rank).items()}
 
     def _queries(self, scorer: Scorer) -> Iterator[Queries]:
         """Queries of every step, those of all ranks together."""

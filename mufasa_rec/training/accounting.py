@@ -13,6 +13,17 @@ from torch import Tensor
 T = TypeVar("T")
 
 
+def train_line(step: int, metrics: dict[str, float]) -> str:
+    """The accounting line of an interval."""
+    return (
+        f"epoch {metrics['epoch']:3d} step {step:6d} · loss {metrics['loss']:.4f} · {metrics['step_ms']:.0f} ms/step · "
+        f"{metrics['samples_per_s']:,.0f} rows/s · {metrics['events_per_s']:,.0f} events/s · "
+        f"padding {metrics['padding_share']:.1%} · imbalance {metrics['rank_imbalance']:.1%} · "
+        f"data wait {metrics['data_wait_share']:.1%} · lr {metrics['learning_rate']:.2g} · "
+        f"|g| {metrics['grad_norm']:.2f} · τ {metrics['temperature']:.3f}"
+    )
+
+
 class RankSum(Protocol):
     """What accounting needs from the other ranks."""
 
@@ -67,6 +78,27 @@ class Interval:
         self.rows += rows
         self.events += events
         self.places += places
+
+    def state(self) -> dict[str, float]:
+        """What this rank has counted since the interval began, without times: they do not outlive the process."""
+        counts = {name: getattr(self, name) for name in ("steps", "targets", "rows", "events", "places")}
+        return {"loss": float(self.loss), **counts}
+
+    def restore(self, states: list[dict[str, float]], rank: int) -> None:
+        """Continue an interrupted interval.
+
+        Args:
+            states: What each rank had counted; on another number of ranks the first takes the sums.
+            rank: This rank.
+        """
+        if len(states) != self.exchange.world_size:
+            total = {name: sum(state[name] for state in states) for name in states[0]}
+            total["steps"] = states[0]["steps"]
+            states = [total] + [{**dict.fromkeys(total, 0), "steps": total["steps"]}] * (self.exchange.world_size - 1)
+        self._reset()
+        self.loss += states[rank]["loss"]
+        for name in ("steps", "targets", "rows", "events", "places"):
+            setattr(self, name, int(states[rank][name]))
 
     def close(self) -> dict[str, float]:
         """End the interval on all ranks together; returns its metrics and begins the next one."""

@@ -90,11 +90,30 @@ class TrainOptimizer:
         self.num_steps += 1
         self._set_learning_rates()
 
-    def state_dict(self) -> dict[str, Any]:
-        """State of AdamW by parameter name, and the step."""
-        names = {id(p): name for name, p in self.parameters.items()}
-        state = {names[id(p)]: value for p, value in self.dense.state.items()}
-        return {"dense": state, "num_steps": torch.tensor(self.num_steps)}
+    def tensors(self) -> dict[str, Any]:
+        """The state of both optimizers by parameter name, as tensors that a checkpoint is written from or read into.
+
+        AdamW makes its state in its first step; it is made here when that has not been.
+        """
+        dense = {name: self._dense_state(parameter) for name, parameter in self.parameters.items()}
+        fused = self.fused.state_dict()["state"]
+        # A rank without a shard of a table has an empty entry for it, which a checkpoint cannot hold.
+        return {"dense": dense, "fused": {name: dict(state) for name, state in fused.items() if state}}
+
+    def _dense_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        state = self.dense.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        return dict(state)
+
+    def resume(self, num_steps: int) -> None:
+        """Stand where the run stood after `num_steps` steps; the tensors are read by the checkpoint."""
+        self.num_steps = num_steps
+        if self.config.tables.name == "adam":
+            self.fused.set_optimizer_step(num_steps)  # its bias correction counts steps
+        self._set_learning_rates()
 
     def _set_learning_rates(self) -> None:
         share = self.share(self.num_steps)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,18 +36,30 @@ class Tracker:
     Args:
         folder: Run folder; None for a silent tracker.
         total_steps: Steps that the progress bar counts to.
+        first_step: Steps that were done before, when a run is continued.
+        keep_bytes: Length of `metrics.jsonl` at that step: what was written behind it is written again. None to keep
+            all.
     """
 
-    def __init__(self, folder: Path | None, total_steps: int) -> None:
+    def __init__(
+        self, folder: Path | None, total_steps: int, *, first_step: int = 0, keep_bytes: int | None = None
+    ) -> None:
         self.folder = folder
         self._bar: tqdm | None = None
         if folder is None:
             return
         self._path = folder / "metrics.jsonl"
+        if keep_bytes is not None and self._path.exists() and self._path.stat().st_size > keep_bytes:
+            os.truncate(self._path, keep_bytes)
         self._file = self._path.open("a")
-        self._board = SummaryWriter(str(folder / "tensorboard"))
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1 if first_step else None)
         if sys.stderr.isatty():
-            self._bar = tqdm(total=total_steps, unit="step", dynamic_ncols=True)
+            self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
+
+    @property
+    def position(self) -> int:
+        """Length of `metrics.jsonl`, bytes; 0 for a silent tracker."""
+        return 0 if self.folder is None else self._file.tell()
 
     def advance(self, steps: int = 1) -> None:
         """Move the progress bar."""

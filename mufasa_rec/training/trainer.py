@@ -1,4 +1,8 @@
-"""The training loop: pipelined steps, one accounting line per interval, validation, early stopping, checkpoints."""
+"""The training loop: pipelined steps, one accounting line per interval, validation, early stopping, checkpoints.
+
+The loop is a function of its `Progress` and of the weights: an interrupted run continues in the middle of an epoch, or
+in front of a validation, as if nothing had happened.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +11,24 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.distributed.types import ShardedModule
 
 from mufasa_rec.data.batch import Batch
 from mufasa_rec.data.loader import Loader
-from mufasa_rec.training.accounting import Interval, RankSum, Waiting
-from mufasa_rec.training.checkpoint import model_state, save_checkpoint
+from mufasa_rec.distributed.collectives import RankExchange
+from mufasa_rec.training.accounting import Interval, Waiting, train_line
+from mufasa_rec.training.checkpoint import model_state
+from mufasa_rec.training.checkpoint_manifest import Manifest
 from mufasa_rec.training.optim import TrainOptimizer
+from mufasa_rec.training.preemption import Agreement, Preempted, StopAgreed, StopSignals
+from mufasa_rec.training.progress import Progress, check_data, run_state, seed_step
+from mufasa_rec.training.saver import Saver
 from mufasa_rec.training.tracker import Tracker
 
 logger = logging.getLogger(__name__)
@@ -36,7 +45,7 @@ class TrainerConfig:
         log_every: Steps between accounting lines.
         validate_every: Epochs between validations.
         patience: Validations without a better metric before training stops; 0 never stops early.
-        monitor: Validation metric that decides which weights are kept.
+        monitor: Validation metric that decides which weights are the best.
         bf16: Run the data-parallel part under bf16 autocast.
     """
 
@@ -68,6 +77,30 @@ class StepOutput(Protocol):
     temperature: Tensor
 
 
+Validate = Callable[[Callable[[], None]], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What the loop reports to and saves with.
+
+    Attributes:
+        tracker: Where metrics go.
+        exchange: Reaches the other ranks.
+        saver: Writes checkpoints.
+        seed: Seed of the run.
+        frozen: Tables that are not saved.
+        watch: Called with each batch of this rank once its step is done; for those who count rows.
+    """
+
+    tracker: Tracker
+    exchange: RankExchange
+    saver: Saver
+    seed: int = 0
+    frozen: tuple[str, ...] = ()
+    watch: Callable[[Batch], None] | None = None
+
+
 class Trainer:
     """Trains a sharded model.
 
@@ -75,32 +108,23 @@ class Trainer:
         model: The sharded model; its forward takes a batch and returns (loss, output).
         optimizer: Updates the weights.
         loader: Training batches of this rank.
-        validate: Evaluates the model in evaluation mode on all ranks and returns metrics.
+        validate: Evaluates the model in evaluation mode on all ranks and returns metrics; calls what it is given after
+            every batch.
         config: How long, and with what care.
-        tracker: Where metrics go.
-        exchange: Reaches the other ranks.
-        checkpoint: Folder of the checkpoint.
-        frozen: Tables that are not saved.
-        manifest: What the checkpoint's manifest says beside step and metrics.
+        surroundings: What the loop reports to and saves with.
     """
 
-    def __init__(  # noqa: PLR0913  it is handed everything, and imports no model
+    def __init__(
         self,
         model: nn.Module,
         optimizer: TrainOptimizer,
         loader: Loader,
-        validate: Callable[[], dict[str, float]],
+        validate: Validate,
         config: TrainerConfig,
-        *,
-        tracker: Tracker,
-        exchange: RankSum,
-        checkpoint: Path,
-        frozen: tuple[str, ...] = (),
-        manifest: dict[str, Any] | None = None,
+        surroundings: Surroundings,
     ) -> None:
         self.model, self.optimizer, self.loader, self.validate, self.config = model, optimizer, loader, validate, config
-        self.tracker, self.exchange, self.checkpoint = tracker, exchange, checkpoint
-        self.frozen, self.manifest = frozen, manifest or {}
+        self.around, self.tracker, self.saver = surroundings, surroundings.tracker, surroundings.saver
         self.device = next(iter(optimizer.parameters.values())).device
         self.pipeline = TrainPipelineSparseDist(
             model=model,
@@ -110,69 +134,115 @@ class Trainer:
             custom_model_fwd=self._forward,
         )
         self.waiting = Waiting()
-        self.interval = Interval(exchange, self.waiting, self.device)
+        self.interval = Interval(surroundings.exchange, self.waiting, self.device)
+        self.progress = Progress()
+        self.signals = StopSignals(self.saver.config.grace_s)
+        alone = surroundings.exchange.world_size == 1
+        self.agreement = Agreement(None if alone else dist.new_group(backend="gloo"), num_wishes=2)
         self.begin = time.perf_counter()
+        self._saved_at: tuple[int, int, int, bool] | None = None
         self._batches: list[Batch] = []
+        self._checked = False
         self._temperature = torch.zeros(())
 
     def _forward(self, batch: Batch) -> tuple[Tensor, StepOutput]:
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.bf16):
             return self.model(batch)
 
+    def restore(self, manifest: Manifest) -> None:
+        """Continue where a checkpoint was written; collective.
+
+        Raises:
+            ValueError: When the model, the data or the seed is not the checkpoint's.
+        """
+        progress = Progress(**manifest.state["progress"])
+        check_data(manifest.state, self.loader.state(progress.epoch, progress.step), self.around.seed)
+        self.saver.load(manifest, self._tensors())
+        self.optimizer.resume(manifest.step)
+        self.interval.restore(manifest.state["intervals"], self.around.exchange.rank)
+        self.progress = progress
+        self.begin = time.perf_counter() - progress.seconds
+        self._saved_at = self._place()
+
     def fit(self) -> dict[str, Any]:
         """Train to the end.
 
         Returns:
             The best validation metrics, the step they were reached at, steps and seconds in all.
+
+        Raises:
+            Preempted: When the run was asked to stop and has been saved.
         """
         try:
-            best = self._fit()
+            with self.signals:
+                try:
+                    self._fit()
+                except StopAgreed:
+                    self._stop()
         finally:
             self.tracker.close()
         seconds = time.perf_counter() - self.begin
-        return {"best": best, "steps": self.optimizer.num_steps, "seconds": seconds}
+        return {"best": self.progress.best, "steps": self.optimizer.num_steps, "seconds": seconds}
 
-    def _fit(self) -> dict[str, Any]:
-        """Run epochs with their validations; returns the best one's metrics."""
-        best: dict[str, Any] = {}
-        poor = 0
-        for epoch in range(self.config.epochs):
-            self._epoch(epoch)
-            done = epoch + 1 == self.config.epochs or self._finished()
-            if done and self.interval.steps:
-                self._record(epoch)
-            if (epoch + 1) % self.config.validate_every == 0 or done:
-                metrics = self._validate(epoch)
-                if self.config.monitor not in metrics:
-                    raise ValueError(
-                        f"trainer.monitor={self.config.monitor!r}: validation gives {', '.join(metrics)}; "
-                        "choose one of them."
-                    )
-                if not best or metrics[self.config.monitor] > best[self.config.monitor]:
-                    best, poor = {**metrics, "step": self.optimizer.num_steps, "epoch": epoch}, 0
-                    self._save(best)
-                else:
-                    poor += 1
-            if done or (self.config.patience and poor >= self.config.patience):
-                break
-        return best
+    def _fit(self) -> None:
+        while not self._ended():
+            self._epoch()
+            self._close_epoch()
+        self.agreement.close()
+        self._save_last()
+
+    def _stop(self) -> None:
+        """Save where the run stands, and leave."""
+        self.agreement.close()
+        self._save_last()
+        logger.info(
+            "asked to stop (%s): saved at step %d; start the same command again to continue",
+            self.signals.received or "another rank was", self.optimizer.num_steps,
+        )  # fmt: skip
+        raise Preempted
+
+    def _save_last(self) -> None:
+        """Return when the run's present state is on the disk."""
+        self.saver.wait()
+        if self.saver.failed or self._saved_at != self._place():
+            self._save(wait=True)
+
+    def _place(self) -> tuple[int, int, int, bool]:
+        """What distinguishes two states of the run."""
+        return self.optimizer.num_steps, self.progress.epoch, self.progress.step, self.progress.validated
+
+    def _ended(self) -> bool:
+        """Whether nothing is left to do; true again when an ended run is started once more."""
+        progress, patience = self.progress, self.config.patience
+        if progress.epoch >= self.config.epochs or (patience and progress.poor >= patience):
+            return True
+        return self._finished() and (progress.validated or progress.step == 0)
 
     def _finished(self) -> bool:
         return self.config.max_steps is not None and self.optimizer.num_steps >= self.config.max_steps
 
-    def _epoch(self, epoch: int) -> None:
-        """Run the steps of one epoch; the pipeline is empty again at its end."""
+    def _epoch(self) -> None:
+        """Run what is left of the epoch's steps; the pipeline is empty again at its end."""
+        progress = self.progress
+        left = self.loader.order(progress.epoch).num_steps - progress.step
+        if self.config.max_steps is not None:
+            left = min(left, self.config.max_steps - self.optimizer.num_steps)
+        if not left:
+            return
         self.model.train()
-        limit = None if self.config.max_steps is None else self.config.max_steps - self.optimizer.num_steps
-        batches = self.waiting.timed(self._remembered(self.loader.batches(epoch, num_steps=limit)))
+        made = self.loader.batches(progress.epoch, first_step=progress.step, num_steps=left)
+        batches = self.waiting.timed(self._remembered(made))
         while True:
+            seed_step(self.around.seed, self.optimizer.num_steps, self.around.exchange.rank)
             try:
                 output = self.pipeline.progress(batches)
             except StopIteration:
                 return
-            if self.optimizer.num_steps == 1:
+            if not self._checked:
                 check_pipelined(self.model, self.pipeline)
-            self._account(epoch, self._batches.pop(0), output)
+                self._checked = True
+            left -= 1
+            self._account(self._batches.pop(0), output, last=not left)
 
     def _remembered(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Keep the batches that the pipeline holds, to account for each when its step is done."""
@@ -180,14 +250,35 @@ class Trainer:
             self._batches.append(batch)
             yield batch
 
-    def _account(self, epoch: int, batch: Batch, output: StepOutput) -> None:
+    def _account(self, batch: Batch, output: StepOutput, last: bool) -> None:
+        """Count a step, and save or stop after it; after an epoch's last one that is for its closing."""
+        self.progress.step += 1
+        self.progress.validated = False
         self._temperature = output.temperature
         self.interval.add(output.loss_sum, batch.num_targets, batch.num_rows, batch.num_events, output.num_places)
         self.tracker.advance()
+        if self.around.watch is not None:
+            self.around.watch(batch)
         if self.optimizer.num_steps % self.config.log_every == 0:
-            self._record(epoch)
+            self._record()
+        if last:
+            return
+        due = self._asked()
+        if due or self.saver.due_at(self.optimizer.num_steps):
+            self._save()
 
-    def _record(self, epoch: int) -> None:
+    def _asked(self) -> bool:
+        """Whether a rank's clock asks for a save.
+
+        Raises:
+            StopAgreed: When a rank was asked to stop.
+        """
+        stop, due = self.agreement.ask(self.signals.received is not None, self.saver.due)
+        if stop:
+            raise StopAgreed
+        return due
+
+    def _record(self) -> None:
         """End an interval: its accounting line, on all ranks together."""
         step = self.optimizer.num_steps
         metrics = self.interval.close()
@@ -197,41 +288,77 @@ class Trainer:
                 "optimizer.tables.learning_rate, or look for extreme values in the data with `prepare --check`."
             )
         metrics |= {
-            "epoch": epoch,
+            "epoch": self.progress.epoch,
             "time_s": time.perf_counter() - self.begin,
             "learning_rate": self.optimizer.learning_rate,
             "grad_norm": float(self.optimizer.grad_norm),
             "temperature": float(self._temperature),
         }
-        self.tracker.record("train", step, metrics, _train_line(step, metrics))
+        self.tracker.record("train", step, metrics, train_line(step, metrics))
 
-    def _validate(self, epoch: int) -> dict[str, float]:
+    def _close_epoch(self) -> None:
+        """Validate when it is time, go to the next epoch, and save what must not be lost."""
+        progress = self.progress
+        whole = progress.step >= self.loader.order(progress.epoch).num_steps
+        done = self._finished() or (whole and progress.epoch + 1 == self.config.epochs)
+        if done and self.interval.steps:
+            self._record()
+        better = False
+        if done or (progress.epoch + 1) % self.config.validate_every == 0:
+            better = self._validate()
+        progress.validated = True
+        if whole:
+            progress.epoch, progress.step, progress.validated = progress.epoch + 1, 0, False
+        if better:
+            progress.best["checkpoint"] = self.saver.name(self.optimizer.num_steps)
+            self._save(name=progress.best["checkpoint"])
+        due = self._asked() or self.saver.due_at(self.optimizer.num_steps)
+        if due and self._saved_at != self._place():
+            self._save()
+
+    def _validate(self) -> bool:
+        """Validate; returns whether it is the best so far."""
         self.pipeline.detach()
         self.model.eval()
         begin = time.perf_counter()
-        metrics = self.validate()
+        metrics = self.validate(self._asked_only)
+        if self.config.monitor not in metrics:
+            raise ValueError(
+                f"trainer.monitor={self.config.monitor!r}: validation gives {', '.join(metrics)}; choose one of them."
+            )
         self.interval.begin += time.perf_counter() - begin
+        epoch, step, best = self.progress.epoch, self.optimizer.num_steps, self.progress.best
         line = " · ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         record = {"epoch": epoch, "time_s": time.perf_counter() - self.begin, **metrics}
-        self.tracker.record("validation", self.optimizer.num_steps, record, f"epoch {epoch:3d} validation · {line}")
-        return metrics
+        self.tracker.record("validation", step, record, f"epoch {epoch:3d} validation · {line}")
+        if best and metrics[self.config.monitor] <= best[self.config.monitor]:
+            self.progress.poor += 1
+            return False
+        self.progress.best, self.progress.poor = {**metrics, "step": step, "epoch": epoch}, 0
+        return True
 
-    def _save(self, best: dict[str, Any]) -> None:
+    def _asked_only(self) -> None:
+        """Stop within a validation; a save can wait for its end."""
+        self._asked()
+
+    def _tensors(self) -> dict[str, Any]:
+        return {"model": model_state(self.model, self.around.frozen), "optimizer": self.optimizer.tensors()}
+
+    def _save(self, *, name: str | None = None, wait: bool = False) -> None:
         begin = time.perf_counter()
-        state = {"model": model_state(self.model, self.frozen), "optimizer": self.optimizer.state_dict()}
-        save_checkpoint(self.checkpoint, state, {"best": best, **self.manifest})
+        step, exchange = self.optimizer.num_steps, self.around.exchange
+        name = name or self.saver.name(step)
+        self.progress.seconds = begin - self.begin
+        state = run_state(
+            self.progress,
+            self.loader.state(self.progress.epoch, self.progress.step),
+            seed=self.around.seed,
+            intervals=exchange.objects(self.interval.state()),
+            metrics_bytes=exchange.objects(self.tracker.position)[0],
+        )
+        self.saver.save(Manifest(name=name, step=step, state=state, about={}), self._tensors(), wait=wait)
+        self._saved_at = self._place()
         self.interval.begin += time.perf_counter() - begin
-
-
-def _train_line(step: int, metrics: dict[str, float]) -> str:
-    """The accounting line of an interval."""
-    return (
-        f"epoch {metrics['epoch']:3d} step {step:6d} · loss {metrics['loss']:.4f} · {metrics['step_ms']:.0f} ms/step · "
-        f"{metrics['samples_per_s']:,.0f} rows/s · {metrics['events_per_s']:,.0f} events/s · "
-        f"padding {metrics['padding_share']:.1%} · imbalance {metrics['rank_imbalance']:.1%} · "
-        f"data wait {metrics['data_wait_share']:.1%} · lr {metrics['learning_rate']:.2g} · "
-        f"|g| {metrics['grad_norm']:.2f} · τ {metrics['temperature']:.3f}"
-    )
 
 
 def check_pipelined(model: nn.Module, pipeline: TrainPipelineSparseDist) -> None:

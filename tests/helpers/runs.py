@@ -18,6 +18,7 @@ from mufasa_rec.distributed.env import DistributedEnv
 from mufasa_rec.distributed.sharding import TableOptimizerConfig
 from mufasa_rec.models.retriever import RetrieverConfig
 from mufasa_rec.modules.full_attention import FullAttentionConfig
+from mufasa_rec.training.checkpoint import find_checkpoint
 from mufasa_rec.training.optim import OptimizerConfig
 from mufasa_rec.training.trainer import TrainerConfig
 from torchx_apps.train import train
@@ -55,11 +56,11 @@ def metrics_of(folder: Path, kind: str) -> list[dict[str, Any]]:
     return [line for line in lines if line["kind"] == kind]
 
 
-def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    """The whole tensors of a run's checkpoint, put together in one process."""
+def weights_of(folder: Path, which: str = "newest") -> dict[str, torch.Tensor]:
+    """The whole tensors of a run's checkpoint (weights and optimizer state), put together in one process."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that this is a single process, which is meant
-        state = _load_state_dict_from_keys(checkpoint_id=str(folder / "checkpoint"))
+        state = _load_state_dict_from_keys(checkpoint_id=find_checkpoint(folder / "checkpoints", which))
     return dict(_flat(state, ""))
 
 

@@ -22,8 +22,9 @@ from mufasa_rec.models.retriever import Retriever
 from mufasa_rec.training import accounting
 from mufasa_rec.training.accounting import Interval, Waiting
 from mufasa_rec.training.optim import OptimizerConfig, TrainOptimizer
+from mufasa_rec.training.saver import Saver
 from mufasa_rec.training.tracker import Tracker
-from mufasa_rec.training.trainer import Trainer, TrainerConfig
+from mufasa_rec.training.trainer import Surroundings, Trainer, TrainerConfig
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import metrics_of, small_config, train_in, weights_of
 from torchx_apps import assembly
@@ -59,16 +60,15 @@ def scripted(env: DistributedEnv, config: RunConfig, folder: Path, scores: list[
     dense = {n: p for n, p in model.named_parameters() if "sparse" not in n}
     optimizer = TrainOptimizer(dense, model.fused_optimizer, config.optimizer, 1000)
     script = iter(scores)
+    saver = Saver(str(folder / "checkpoints"), config.checkpoint, {})
+    tracker = Tracker(folder if env.is_main else None, 1000)
     trainer = Trainer(
         model,
         optimizer,
         assembly.make_loader(config, data, "train", env),
-        lambda: {"ndcg@10": next(script), "weight": float(next(iter(dense.values())).detach().double().sum())},
+        lambda _: {"ndcg@10": next(script), "weight": float(next(iter(dense.values())).detach().double().sum())},
         config.trainer,
-        tracker=Tracker(folder if env.is_main else None, 1000),
-        exchange=exchange,
-        checkpoint=folder / "checkpoint",
-        frozen=assembly.content_tables(data),
+        Surroundings(tracker, exchange, saver, frozen=assembly.content_tables(data)),
     )
     first = next(iter(dense))
     return {**trainer.fit(), "first": first}
@@ -81,7 +81,9 @@ def test_early_stopping_keeps_the_best_weights(dataset: str, tmp_path: Path) -> 
     assert result["best"]["ndcg@10"] == 0.3
     assert result["steps"] == 4 * 8
     assert [line["ndcg@10"] for line in metrics_of(tmp_path, "validation")] == [0.1, 0.3, 0.2, 0.25]
-    kept = next(w for name, w in weights_of(tmp_path).items() if name.endswith(result["first"]) and "model." in name)
+    kept = next(
+        w for name, w in weights_of(tmp_path, "best").items() if name.endswith(result["first"]) and "model." in name
+    )
     assert float(kept.double().sum()) == result["best"]["weight"]
 
 
@@ -126,7 +128,7 @@ def test_run_with_more_ranks_than_rows_of_a_batch_trains_and_validates(dataset: 
 
 def test_run_folder_that_holds_another_run_is_refused_and_left_alone(dataset: str, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("seed: 5\n")
-    with pytest.raises(AssertionError, match="already holds a run; choose another folder"):
+    with pytest.raises(AssertionError, match=r"already holds a run with other settings: data\.batch_size is 128 there"):
         run_ranks(train_in, 2, small_config(dataset, max_steps=2), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 

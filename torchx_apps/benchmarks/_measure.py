@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import platform
-import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-_PACKAGES = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "pyarrow", "numpy")
+from mufasa_rec.versions import checkout_commit, code_versions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,14 +87,10 @@ def in_turn(competitors: Mapping[str, Callable[[], object]], rounds: int) -> dic
 
 def surroundings() -> dict[str, Any]:
     """Where it was measured: device, threads, versions, commit."""
-    versions = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
+    versions = code_versions()
+    versions.pop("commit", None)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
-    return {"device": device, "threads": torch.get_num_threads(), "versions": versions, "commit": _commit()}
+    return {"device": device, "threads": torch.get_num_threads(), "versions": versions, "commit": checkout_commit()}
 
 
 def as_json(name: str, rows: list[Measured]) -> list[dict[str, Any]]:
@@ -109,17 +103,3 @@ def _processor() -> str:
     info = Path("/proc/cpuinfo")
     names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
     return f"cpu: {names[0].split(':', 1)[1].strip()}" if names else f"cpu: {platform.machine()}"
-
-
-def _commit() -> str | None:
-    """The commit of this checkout, with a `+` when files were changed; None outside one."""
-
-    def git(*arguments: str) -> str:
-        folder = Path(__file__).resolve().parent
-        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
-    try:
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
