@@ -90,8 +90,12 @@ class Saver:
     def due(self) -> bool:
         """Whether the time since the last save asks for another one; ranks' clocks differ."""
         minutes = self.config.every_minutes
-        busy = self._thread is not None and self._thread.is_alive()
-        return minutes is not None and not busy and time.monotonic() - self._saved_s >= 60.0 * minutes
+        return minutes is not None and not self.busy and time.monotonic() - self._saved_s >= 60.0 * minutes
+
+    @property
+    def busy(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self._thread is not None and self._thread.is_alive()
 
     @property
     def failed(self) -> bool:

@@ -9,22 +9,15 @@ from __future__ import annotations
 
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
-from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from mufasa_rec.data.prepare import PrepareConfig, prepare
-from mufasa_rec.distributed.collectives import RankExchange
-from mufasa_rec.distributed.env import DistributedEnv
 from mufasa_rec.ops.softmax import full_softmax_loss
-from mufasa_rec.presets import preset
 from mufasa_rec.training.accounting import Waiting
-from mufasa_rec.training.optim import TrainOptimizer
-from torchx_apps import assembly
+from torchx_apps.benchmarks._demo_training import demo_training
 from torchx_apps.benchmarks._measure import Measured, Settings, in_turn, measured
 
 _WARM_UP = 5
@@ -43,30 +36,12 @@ def run(settings: Settings) -> list[Measured]:
 
 def _steps(dataset: str, device: torch.device, num_steps: int) -> tuple[list[Measured], dict[str, int]]:
     """Train some steps; returns step time and wait, and the shape of a step."""
-    config = preset("demo")
-    config = replace(config, data=replace(config.data, dataset=dataset), threads=1)
-    env = DistributedEnv(rank=0, world_size=1, local_rank=0, device=device)
-    data, exchange = assembly.open_dataset(config), RankExchange()
-    loader = assembly.make_loader(config, data, "train", env)
-    model = assembly.shard_retriever(config, data, assembly.build_retriever(config, data, exchange), device)
-    dense = dict(in_backward_optimizer_filter(model.named_parameters()))
-    optimizer = TrainOptimizer(dense, model.fused_optimizer, config.optimizer, _WARM_UP + num_steps)
-    pipeline = TrainPipelineSparseDist(model=model, optimizer=optimizer, device=device, execute_all_batches=True)  # type: ignore[arg-type]
-    model.train()
-    targets, events = [], []
-
-    def batches():  # noqa: ANN202  of the loader, over as many epochs as it takes
-        for epoch in range(_WARM_UP + num_steps):
-            for batch in loader.batches(epoch):
-                targets.append(batch.num_targets)
-                events.append(batch.num_events)
-                yield batch
-
+    training = demo_training(dataset, device, _WARM_UP + num_steps)
     waiting, step_ms, shares = Waiting(), [], []
-    stream = waiting.timed(batches())
+    stream = waiting.timed(training.batches())
     for step in range(_WARM_UP + num_steps):
         waiting.seconds, begin = 0.0, time.perf_counter()
-        pipeline.progress(stream)
+        training.pipeline.progress(stream)
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - begin
@@ -74,11 +49,11 @@ def _steps(dataset: str, device: torch.device, num_steps: int) -> tuple[list[Mea
             step_ms.append(1000 * seconds)
             shares.append(100 * waiting.seconds / seconds)
     shape = {
-        "rows": config.data.batch_size,
-        "events": sum(events) // len(events),
-        "targets": sum(targets) // len(targets),
-        "items": int(data.catalog.available.sum()),
-        "width": config.model.width,
+        "rows": training.config.data.batch_size,
+        "events": sum(training.events) // len(training.events),
+        "targets": sum(training.targets) // len(training.targets),
+        "items": int(training.data.catalog.available.sum()),
+        "width": training.config.model.width,
     }
     rate = [1000 * shape["events"] / ms for ms in step_ms]
     found = [
