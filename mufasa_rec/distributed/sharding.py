@@ -25,6 +25,8 @@ from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backwa
 from torchrec.optim.optimizers import SGD, Adagrad, Adam
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
+from mufasa_rec.distributed.gradients import average_in_rank_order
+
 logger = logging.getLogger(__name__)
 _BLOCK = 1 << 16  # rows that share one random stream
 _RESERVED_SHARE = 0.15  # of a device's memory, for everything that is no table
@@ -165,7 +167,12 @@ def _topology(device: torch.device) -> Topology:
 
 def shard(model: nn.Module, plan: ShardingPlan, device: torch.device) -> DistributedModelParallel:
     """Shard the embedding collections by the plan and wrap the rest data-parallel."""
-    return DistributedModelParallel(module=model, device=device, plan=plan, sharders=_sharders(), init_parameters=True)
+    sharded = DistributedModelParallel(
+        module=model, device=device, plan=plan, sharders=_sharders(), init_parameters=True
+    )
+    if device.type == "cpu" and dist.get_world_size() > 2:
+        average_in_rank_order(sharded)
+    return sharded
 
 
 def local_shards(model: nn.Module) -> dict[str, tuple[Tensor, int]]:

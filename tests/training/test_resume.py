@@ -135,6 +135,16 @@ def test_run_that_was_asked_to_stop_continues_bit_identically(
     check_equal(tmp_path, undisturbed[0])
 
 
+@pytest.mark.slow
+def test_three_ranks_continue_bit_identically_too(dataset: str, tmp_path: Path) -> None:
+    """Sums over three ranks depend on their order, which must not depend on when the process began."""
+    config = config_of(dataset)
+    run_ranks(attempt, 3, config, tmp_path / "whole")
+    run_ranks(attempt, 3, config, tmp_path / "changed", 5)
+    run_ranks(attempt, 3, config, tmp_path / "changed")
+    check_equal(tmp_path / "changed", tmp_path / "whole")
+
+
 def test_run_continues_from_any_of_its_checkpoints_bit_identically(
     dataset: str, tmp_path: Path, undisturbed: tuple[Path, list[Rows]]
 ) -> None:
