@@ -45,6 +45,7 @@ def evaluate(
         rdzv_port: port of the first node on which several nodes meet; a single node takes any free port
         threads: OMP_NUM_THREADS of each process
     """
+    nodes, processes = _nodes_and_processes(j)
     return specs.AppDef(
         name=_checked_name(name),
         roles=[
@@ -52,9 +53,12 @@ def evaluate(
                 name="evaluate",
                 image=image,
                 entrypoint="sh",
-                args=["-c", _torchrun(python, j, rdzv_port, ["torchx_apps.evaluate", *script_args])],
+                args=[
+                    "-c",
+                    _torchrun(python, str(nodes), processes, rdzv_port, 0, ["torchx_apps.evaluate", *script_args]),
+                ],
                 env={"OMP_NUM_THREADS": str(threads), "LOGLEVEL": "WARNING", **(env or {})},
-                num_replicas=_nodes_and_processes(j)[0],
+                num_replicas=nodes,
                 max_retries=max_retries,
                 retry_policy=specs.RetryPolicy.APPLICATION,
                 resource=specs.resource(cpu=cpu, gpu=gpu, memMB=memMB, h=h),
@@ -64,18 +68,23 @@ def evaluate(
     )
 
 
-def _torchrun(python: str, j: str, rdzv_port: int, program: List[str]) -> str:
+def _torchrun(python: str, nodes: str, processes: int, rdzv_port: int, max_restarts: int, program: List[str]) -> str:
     """The shell line of one node: only a shell knows the first node's host, in a variable that each scheduler names."""
-    nodes, processes = _nodes_and_processes(j)
     # After `--` torchrun does not take the program's --run for a short form of its own --run_path.
     # `$$` is a `$` that TorchX leaves alone when it fills in its own macros.
     meeting_point = "localhost:0 --local_addr localhost"
-    if nodes > 1:
+    if nodes != "1":
         meeting_point = f"$${{{specs.macros.rank0_env}:=localhost}}:{rdzv_port}"
+    # torchrun keeps the shell's id, by which a process sees that torchrun was gone before it could ask to die with it.
+    # (Kubernetes makes one `$` of two: there torchrun is the container's first process, with which all others die.)
+    # Slurm warns by SIGUSR1, which would kill torchrun: it is to pass it on like the rest. The variable, not the flag,
+    # also starts a torchrun that has neither; it is set here, since Slurm takes a role's variables apart at commas.
     return (
-        f"exec {shlex.quote(python)} -m torch.distributed.run --nnodes {nodes} --nproc_per_node {processes}"
+        "export LAUNCHER_PID=$$$$ PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1;"
+        f" exec {shlex.quote(python)} -m torch.distributed.run"
+        f" --nnodes {nodes} --nproc_per_node {processes}"
         f" --rdzv_backend c10d --rdzv_id {specs.macros.app_id} --rdzv_endpoint {meeting_point}"
-        f" --max_restarts 0 --tee 3 --role '' -m -- {shlex.join(program)}"
+        f" --max_restarts {max_restarts} --tee 3 --role '' -m -- {shlex.join(program)}"
     )
 
 

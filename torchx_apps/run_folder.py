@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from mufasa_rec.config import CONFIG_FILE, RunConfig, load_config, refuse_changes
 from mufasa_rec.data import paths
@@ -12,6 +19,9 @@ from mufasa_rec.distributed.collectives import RankExchange
 from mufasa_rec.training.checkpoint_manifest import Manifest
 from mufasa_rec.versions import code_versions
 from torchx_apps.assembly import OpenDataset
+
+logger = logging.getLogger(__name__)
+LOCK_FILE = ".lock"
 
 
 def local_folder(run: str) -> Path:
@@ -64,6 +74,61 @@ def claim(folder: Path, config: RunConfig, exchange: RankExchange) -> bool:
     if problem:
         raise ValueError(problem)
     return continues
+
+
+@contextmanager
+def held(folder: Path, exchange: RankExchange, patience_s: float) -> Iterator[None]:
+    """Keep other jobs out of the run folder for the length of a `with` block.
+
+    A job that was started again can meet processes of the one before, which are still saving. The lock is the
+    kernel's: it goes with the process of rank 0, however that ends.
+
+    Args:
+        folder: The run folder.
+        exchange: Reaches the other ranks.
+        patience_s: Seconds to wait for another job to leave.
+
+    Raises:
+        ValueError: When another job stays in the folder; on all ranks alike.
+    """
+    problem, lock = None, None
+    if exchange.rank == 0:
+        lock = (folder / LOCK_FILE).open("a+")
+        problem = _lock(lock, folder, patience_s)
+    problem = exchange.objects(problem)[0]
+    if problem:
+        raise ValueError(problem)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.close()
+
+
+def _lock(file: IO[str], folder: Path, patience_s: float) -> str | None:
+    """Take the lock and say in the file who has it; returns what is wrong when another job keeps it."""
+    end = time.monotonic() + patience_s
+    told = False
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+        except OSError as error:  # a file system without locks
+            logger.warning("%s cannot be locked (%s): see to it that only one job uses the folder", file.name, error)
+            return None
+        if time.monotonic() > end:
+            return f"--run {folder}: is in use by {owner}; end that job, or choose another folder."
+        if not told:
+            logger.info("--run %s: is in use by %s; waiting up to %.0f s for it to end", folder, owner, patience_s)
+            told = True
+        time.sleep(0.2)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return None
 
 
 def describe_run(config: RunConfig, data: OpenDataset, plan: str) -> dict[str, Any]:

@@ -70,6 +70,19 @@ def train(config: RunConfig, folder: Path, env: DistributedEnv, watch: Callable[
     config.optimizer.tables.refuse_on(env.device)
     exchange = RankExchange()
     continues = run_folder.claim(folder, config, exchange)
+    with run_folder.held(folder, exchange, patience_s=config.checkpoint.grace_s + 5.0):
+        return _train(config, folder, continues, exchange, env, watch)
+
+
+def _train(
+    config: RunConfig,
+    folder: Path,
+    continues: bool,
+    exchange: RankExchange,
+    env: DistributedEnv,
+    watch: Callable[[Batch], None] | None,
+) -> dict:
+    """Train in a folder that is this job's."""
     vocabulary = assembly.load_vocabulary(str(folder)) if continues else None
     data = assembly.open_dataset(config, vocabulary)
     train_loader = assembly.make_loader(config, data, "train", env)

@@ -15,6 +15,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from mufasa_rec.distributed.lifetime import end_with_parent
+
 # What torchrun sets for each process; all of them or none.
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # A program that is run with `python -m` logs as __main__.
@@ -50,6 +52,7 @@ def init_distributed(timeout_s: float = 600, level: int = logging.INFO) -> Distr
     Raises:
         ValueError: torchrun's variables are incomplete or contradict one another, or processes outnumber GPUs.
     """
+    end_with_parent()
     rank, world_size, local_rank = _read_place()
     setup_logging(rank, level)
     hide_library_noise()

@@ -1,13 +1,12 @@
 """Being asked to stop: signals, and how all ranks agree on the step at which they do.
 
 A launcher that needs the machine sends SIGTERM (or SIGUSR1 ahead of time) to every process, but not at the same
-moment. A rank that stopped on its own would leave the others in a collective. So ranks tell each other beside every
-step, and stop after the same one.
+moment, and more than once. A rank that stopped on its own would leave the others in a collective. So ranks tell each
+other beside every step, and stop after the same one.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import threading
@@ -17,8 +16,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-logger = logging.getLogger(__name__)
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+from mufasa_rec.distributed.lifetime import outlive_parent
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 EXIT_CODE = 75  # EX_TEMPFAIL: try again; every launcher retries it, as any code but 0
 
 
@@ -34,10 +34,11 @@ class StopAgreed(Exception):
 
 
 class StopSignals:
-    """Notes SIGTERM and SIGUSR1 instead of dying from them, for the length of a `with` block.
+    """Notes SIGTERM, SIGUSR1 and Ctrl-C instead of dying from them, for the length of a `with` block.
 
-    From the first signal on the process has `grace_s` seconds. Then it ends itself with `EXIT_CODE`, saved or not,
-    before the launcher kills it: a peer may be gone, and a save that waits for it would never end.
+    A second Ctrl-C ends the program without a save. From the first signal on the process has `grace_s` seconds. Then
+    it ends itself with `EXIT_CODE`, saved or not, before the launcher kills it: a peer may be gone, and a save that
+    waits for it would never end.
 
     Args:
         grace_s: Seconds from the signal to the end.
@@ -64,7 +65,10 @@ class StopSignals:
             self._deadline.cancel()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.received == "SIGINT":
+            raise KeyboardInterrupt
         if self.received is None:
+            outlive_parent()  # a launcher may lose patience earlier; the deadline below bounds this process's life
             self.received = signal.Signals(number).name
             self._deadline = threading.Timer(self.grace_s, self._give_up)
             self._deadline.daemon = True

@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -303,3 +305,37 @@ def test_save_that_fails_is_said_and_training_goes_on(dataset: str, tmp_path: Pa
     ]
     steps = [read_manifest(tmp_path / "checkpoints" / name).step for name in list_checkpoints(tmp_path / "checkpoints")]
     assert steps == [3, 9, 12]
+
+
+def hold_and_train(env: DistributedEnv, config: RunConfig, folder: Path, leave_after_s: float) -> str:
+    """Have another process hold the run folder for a while, and train in it."""
+    code = f"""
+import fcntl, sys, time
+file = open(sys.argv[1], "a+")
+fcntl.flock(file, fcntl.LOCK_EX)
+print(flush=True)
+time.sleep({leave_after_s})
+"""
+    other = subprocess.Popen([sys.executable, "-c", code, str(folder / ".lock")], stdout=subprocess.PIPE)
+    assert other.stdout is not None
+    other.stdout.readline()
+    try:
+        train(config, folder, env)
+    except ValueError as error:
+        return str(error)
+    finally:
+        other.kill()
+        other.wait()
+    return "done"
+
+
+@pytest.mark.parametrize(("leave_after_s", "end"), [(60, "is in use by another process; end that job"), (1, "done")])
+def test_run_folder_of_a_job_that_still_runs_is_not_touched(
+    dataset: str, tmp_path: Path, leave_after_s: float, end: str
+) -> None:
+    config = replace(small_config(dataset, max_steps=2), checkpoint=CheckpointConfig(grace_s=0.1))
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (said,) = run_ranks(hold_and_train, 1, config, folder, leave_after_s)
+    assert end in said
+    assert (folder / "config.yaml").exists() == (said == "done")
