@@ -20,7 +20,7 @@ from mufasa_rec.distributed.sharding import ShardingConfig
 from mufasa_rec.models.retriever import RetrieverConfig
 from mufasa_rec.training.optim import OptimizerConfig
 from mufasa_rec.training.saver import CheckpointConfig
-from mufasa_rec.training.trainer import TrainerConfig
+from mufasa_rec.training.trainer_config import TrainerConfig
 
 CONFIG_FILE = "config.yaml"
 # What may differ when a run is continued: it moves no weight and no row of the steps that were done.

@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
-from torchrec.distributed.types import ShardedModule
 
 from mufasa_rec.data.batch import Batch
 from mufasa_rec.data.loader import Loader
@@ -26,47 +25,14 @@ from mufasa_rec.training.accounting import Interval, Waiting, train_line
 from mufasa_rec.training.checkpoint import model_state
 from mufasa_rec.training.checkpoint_manifest import Manifest
 from mufasa_rec.training.optim import TrainOptimizer
+from mufasa_rec.training.pipelining import check_pipelined
 from mufasa_rec.training.preemption import Agreement, Preempted, StopAgreed, StopSignals
 from mufasa_rec.training.progress import Progress, check_data, run_state, seed_step
 from mufasa_rec.training.saver import Saver
 from mufasa_rec.training.tracker import Tracker
+from mufasa_rec.training.trainer_config import TrainerConfig
 
 logger = logging.getLogger(__name__)
-MONITORS = ("hr@10", "ndcg@10", "mrr")  # validation metrics, all better when larger
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainerConfig:
-    """How long, and with what care.
-
-    Attributes:
-        epochs: Most epochs.
-        max_steps: Most steps; None for no bound.
-        log_every: Steps between accounting lines.
-        validate_every: Epochs between validations.
-        patience: Validations without a better metric before training stops; 0 never stops early.
-        monitor: Validation metric that decides which weights are the best.
-        bf16: Run the data-parallel part under bf16 autocast.
-    """
-
-    epochs: int = 10
-    max_steps: int | None = None
-    log_every: int = 50
-    validate_every: int = 1
-    patience: int = 5
-    monitor: str = "ndcg@10"
-    bf16: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "log_every", "validate_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"trainer.{name}={getattr(self, name)}: choose 1 or more.")
-        if self.monitor not in MONITORS:
-            raise ValueError(f"trainer.monitor={self.monitor!r}: choose one of {', '.join(MONITORS)}.")
-        if self.patience < 0:
-            raise ValueError(f"trainer.patience={self.patience}: choose 0 (never stop early) or more.")
-        if self.max_steps is not None and self.max_steps < 1:
-            raise ValueError(f"trainer.max_steps={self.max_steps}: choose 1 or more, or None for no bound.")
 
 
 class StepOutput(Protocol):
@@ -359,22 +325,3 @@ class Trainer:
         self.saver.save(Manifest(name=name, step=step, state=state, about={}), self._tensors(), wait=wait)
         self._saved_at = self._place()
         self.interval.begin += time.perf_counter() - begin
-
-
-def check_pipelined(model: nn.Module, pipeline: TrainPipelineSparseDist) -> None:
-    """Stop when a sharded module is looked up outside the pipeline.
-
-    Raises:
-        RuntimeError: Names the modules and says what causes it.
-    """
-    pipelined = {id(module) for module in pipeline._pipelined_modules}
-    left = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, ShardedModule) and id(module) not in pipelined
-    ]
-    if left:
-        raise RuntimeError(
-            f"{len(left)} sharded modules are not pipelined: {', '.join(left)}. Their input is made or changed inside "
-            "the model's forward; build every KeyedJaggedTensor in collate and pass it to the sharded module as it is."
-        )

@@ -24,7 +24,8 @@ from mufasa_rec.training.accounting import Interval, Waiting
 from mufasa_rec.training.optim import OptimizerConfig, TrainOptimizer
 from mufasa_rec.training.saver import Saver
 from mufasa_rec.training.tracker import Tracker
-from mufasa_rec.training.trainer import Surroundings, Trainer, TrainerConfig
+from mufasa_rec.training.trainer import Surroundings, Trainer
+from mufasa_rec.training.trainer_config import TrainerConfig
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import metrics_of, small_config, train_in, weights_of
 from torchx_apps import assembly
