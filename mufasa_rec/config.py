@@ -21,6 +21,7 @@ from mufasa_rec.models.retriever import RetrieverConfig
 from mufasa_rec.training.optim import OptimizerConfig
 from mufasa_rec.training.saver import CheckpointConfig
 from mufasa_rec.training.trainer_config import TrainerConfig
+from mufasa_rec.training.warm_start_plan import WarmStartConfig
 
 CONFIG_FILE = "config.yaml"
 # What may differ when a run is continued: it moves no weight and no row of the steps that were done.
@@ -48,6 +49,7 @@ class RunConfig:
         trainer: How long, and with what care.
         checkpoint: When the run is saved, and where.
         sharding: How tables are spread over ranks.
+        warm_start: What a new run starts from instead of random weights.
         mask_seen: Whether evaluation masks items that a user has seen; None takes the data set's default (masked
             unless more than 1 % of targets are repeats).
         seed: Seed of weights, data order, negatives and dropout.
@@ -60,6 +62,7 @@ class RunConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
+    warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     mask_seen: bool | None = None
     seed: int = 0
     threads: int = 1

@@ -16,7 +16,7 @@ from torchx.specs.file_linter import validate
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCHX = str(Path(sysconfig.get_path("scripts")) / "torchx")
-COMPONENTS = ("prepare", "train", "evaluate")
+COMPONENTS = ("prepare", "train", "evaluate", "export")
 # Writes what each process was told and where it stands.
 PROGRAM = """
 import json, os, pathlib, sys
@@ -31,9 +31,9 @@ def make_app(component: str, *script_args: str, **options: object) -> specs.AppD
     return getattr(importlib.import_module(f"components.{component}"), component)(*script_args, **options)
 
 
-def torchx_run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+def torchx_run(*arguments: str, cwd: Path = ROOT, scheduler: str = "local_cwd") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [TORCHX, "run", "-s", "local_cwd", *arguments], cwd=cwd, capture_output=True, text=True, timeout=120
+        [TORCHX, "run", "-s", scheduler, *arguments], cwd=cwd, capture_output=True, text=True, timeout=120
     )
 
 
@@ -44,10 +44,12 @@ def test_job_runs_its_app_by_torchrun_of_the_same_python(component: str) -> None
     assert (app.name, role.name, role.entrypoint, role.num_replicas) == (component, component, "sh", 1)
     flag, line = role.args
     assert flag == "-c"
-    assert line.startswith(f"exec {sys.executable} -m torch.distributed.run --nnodes 1 --nproc_per_node 3 ")
+    assert f" exec {sys.executable} -m torch.distributed.run --nnodes 1 --nproc_per_node 3 " in line
+    assert " --max_restarts 0 " in line
     assert line.endswith(f" -m -- torchx_apps.{component} --run 'a b'")
     assert "--rdzv_endpoint localhost:0" in line
-    assert role.env == {"OMP_NUM_THREADS": "2", "LOGLEVEL": "WARNING", "X": "1"}
+    assert {"OMP_NUM_THREADS": "2", "LOGLEVEL": "WARNING", "X": "1"}.items() <= role.env.items()
+    assert role.min_replicas is None
 
 
 @pytest.mark.parametrize("component", COMPONENTS)
@@ -76,10 +78,70 @@ def test_names_suit_every_scheduler(component: str) -> None:
         make_app(component, name="a" * 31)
 
 
-@pytest.mark.parametrize("j", ["2", "0x2", "1:2x4", "1x2x3", "x", "-1x2", "axb"])
-def test_wrong_shape_of_the_job_is_named(j: str) -> None:
+@pytest.mark.parametrize("component", COMPONENTS)
+@pytest.mark.parametrize("j", ["2", "0x2", "1:2:3x4", ":2x1", "1x2x3", "1x2:3", "x", "-1x2", "axb", ""])
+def test_wrong_shape_of_the_job_is_named(component: str, j: str) -> None:
     with pytest.raises(ValueError, match=re.escape(f"j is {j!r}: give nodes x processes per node")):
-        make_app("train", j=j)
+        make_app(component, j=j)
+
+
+def test_elastic_job_asks_for_the_least_and_takes_the_most_nodes() -> None:
+    (role,) = make_app("train", j="2:4x8", max_restarts=3).roles
+    assert (role.min_replicas, role.num_replicas) == (2, 4)
+    assert " --nnodes 2:4 --nproc_per_node 8 " in role.args[1]
+    assert " --max_restarts 3 " in role.args[1]
+    assert ":29500 " in role.args[1]
+
+
+def test_equal_bounds_are_a_fixed_size() -> None:
+    assert make_app("train", j="1:1x2") == make_app("train", j="1x2")
+
+
+@pytest.mark.parametrize(
+    ("j", "max_restarts", "message"),
+    [
+        ("2:1x4", 1, "give it as 1:2x4"),
+        ("1:2x4", 0, "max_restarts is 0: an elastic job restarts in place; give 1 or more"),
+    ],
+)
+def test_elastic_job_that_cannot_be_is_refused(j: str, max_restarts: int, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make_app("train", j=j, max_restarts=max_restarts)
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_no_variable_of_a_role_holds_a_comma(component: str) -> None:
+    """Slurm's `srun --export` takes them apart there."""
+    (role,) = make_app(component).roles
+    assert not [name for name, value in role.env.items() if "," in value]
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_slurm_leaves_the_shell_line_as_it_is(component: str) -> None:
+    shown = torchx_run(
+        "--dryrun", f"components/{component}.py:{component}", "-j", "2x2", "--", "--run", "R", scheduler="slurm"
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert (
+        "sh -c 'export LAUNCHER_PID=$$ PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1; exec "
+        in shown.stdout
+    )
+
+
+@pytest.mark.parametrize("component", ["prepare", "evaluate"])
+def test_only_training_is_elastic(component: str) -> None:
+    with pytest.raises(ValueError, match="j is '1:2x4': give nodes x processes per node, such as 1x2"):
+        make_app(component, j="1:2x4")
+
+
+def test_training_has_time_to_save_and_to_start_again_with_a_clean_store() -> None:
+    (role,) = make_app("train", grace_s=90, max_restarts=1).roles
+    assert role.env["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "90"
+    assert role.env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
+    assert make_app("train").roles[0].env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "0"
+    assert (
+        make_app("train", env={"PET_SIGNALS_TO_HANDLE": "SIGTERM"}).roles[0].env["PET_SIGNALS_TO_HANDLE"] == "SIGTERM"
+    )
 
 
 @pytest.mark.parametrize("component", COMPONENTS)
@@ -88,12 +150,14 @@ def test_torchx_finds_nothing_to_complain_about(component: str) -> None:
 
 
 def test_components_share_their_private_helpers_word_for_word() -> None:
-    helpers = []
+    helpers: dict[str, set[str]] = {}
     for component in COMPONENTS:
         tree = ast.parse((ROOT / "components" / f"{component}.py").read_text())
-        functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("_")]
-        helpers.append([ast.unparse(function) for function in functions])
-    assert helpers[0] == helpers[1] == helpers[2]
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("_"):
+                helpers.setdefault(node.name, set()).add(ast.unparse(node))
+    assert {"_torchrun", "_checked_name"} <= helpers.keys()
+    assert [name for name, forms in helpers.items() if len(forms) > 1] == []
 
 
 @pytest.mark.parametrize("component", COMPONENTS)

@@ -29,7 +29,7 @@ from mufasa_rec.training.optim import TrainOptimizer
 from mufasa_rec.training.saver import Saver
 from mufasa_rec.training.tracker import Tracker
 from mufasa_rec.training.trainer import Surroundings, Trainer
-from torchx_apps import assembly, command_line, run_folder
+from torchx_apps import assembly, command_line, run_folder, tables
 
 logger = logging.getLogger(__name__)
 
@@ -97,8 +97,11 @@ def _train(
     about = run_folder.describe_run(config, data, describe(model.plan))  # type: ignore[arg-type]
     saver = Saver(config.checkpoint.location(str(folder)), config.checkpoint, about)
     newest = _newest(saver, data, continues)
+    if newest is None:
+        tables.start_warm(config, data, model, exchange)
     if env.is_main:
         data.catalog.vocabulary.save(folder)
+        tables.save_row_ids(tables.row_ids(config, data), folder)
         save_config(config, folder)  # last: from here on the folder holds a run
         _describe(data, dense, steps)
     tracker = Tracker(

@@ -73,10 +73,10 @@ def read_vectors(url: str | Path, *, item_ids: np.ndarray | None = None) -> tupl
         raise ValueError(
             f"vector file {url}: {len(ids)} ids but {vectors.shape[0]} vectors; give exactly one id for each vector"
         )
-    return _as_int64(ids, str(url)), vectors
+    return as_int64(ids, str(url)), vectors
 
 
-def _as_int64(ids: np.ndarray, url: str) -> np.ndarray:
+def as_int64(ids: np.ndarray, url: str) -> np.ndarray:
     """Integer ids as int64, string ids by their hash."""
     if ids.ndim != 1:
         raise ValueError(f"vector file {url}: ids have shape {ids.shape}; give a one-dimensional array, [n]")
