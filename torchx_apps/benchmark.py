@@ -1,9 +1,10 @@
 """Measure how fast the parts are.
 
     python -m torchx_apps.benchmark NAME|all [--json FILE] [--rounds 9] [--small]
+    python -m torchx_apps.benchmark faults [--kills 20] [--json FILE] [--small]
 
 Each benchmark checks first that what it measures is right, prints a table, and with `--json` writes its rows with
-device, versions, commit and shapes.
+device, versions, commit and shapes. `faults` is a trial with options and rows of its own, which `all` leaves out.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import importlib
 import json
 import logging
 import pkgutil
+import sys
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -28,6 +30,10 @@ from torchx_apps.benchmarks._measure import Measured, Settings, as_json, surroun
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and run benchmarks."""
     names = names_of_benchmarks()
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in names and hasattr(_module(argv[0]), "main"):
+        _module(argv[0]).main(argv[1:])
+        return
     parser = argparse.ArgumentParser(
         prog="benchmark", description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -43,7 +49,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 raise ValueError(f"WORLD_SIZE={env.world_size}: benchmarks measure one process; start one.")
             rows = []
             for name in names if options.name == "all" else [options.name]:
-                module = importlib.import_module(f"{benchmarks.__name__}.{name}")
+                module = _module(name)
+                if hasattr(module, "main"):
+                    continue
                 found = module.run(settings)
                 print(_table(module, found), flush=True)
                 rows.extend(as_json(name, found))
@@ -57,6 +65,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 def names_of_benchmarks() -> list[str]:
     """Modules of `torchx_apps.benchmarks` that are benchmarks."""
     return sorted(found.name for found in pkgutil.iter_modules(benchmarks.__path__) if not found.name.startswith("_"))
+
+
+def _module(name: str) -> ModuleType:
+    """A benchmark, or a trial: that one has a `main` of its own."""
+    return importlib.import_module(f"{benchmarks.__name__}.{name}")
 
 
 def _table(module: ModuleType, rows: list[Measured]) -> str:

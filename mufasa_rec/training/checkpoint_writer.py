@@ -118,13 +118,18 @@ def _publish(work: Path, location: paths.Location, manifest: Manifest) -> None:
     if paths.is_remote(location):
         paths.put_file(file, paths.join(location, manifest.name, MANIFEST))
         return
+    _flush_folder(work)
     final = paths.local_path(location) / manifest.name
     os.rename(work, final)
-    folder = os.open(final.parent, os.O_RDONLY)
+    _flush_folder(final.parent)  # the new name survives a crash of the machine too
+
+
+def _flush_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder)  # the new name survives a crash of the machine too
+        os.fsync(handle)
     finally:
-        os.close(folder)
+        os.close(handle)
 
 
 def _check_storage(work: Path, manifest: Manifest) -> None:

@@ -23,7 +23,7 @@ EXIT_CODE = 75  # EX_TEMPFAIL: try again; every launcher retries it, as any code
 
 
 class Preempted(SystemExit):
-    """The run was asked to stop and has saved; the program ends with `EXIT_CODE`."""
+    """The run was asked to stop and has saved, where it could; the program ends with `EXIT_CODE`."""
 
     def __init__(self) -> None:
         super().__init__(EXIT_CODE)
@@ -48,10 +48,17 @@ class StopSignals:
         self.grace_s = grace_s
         self.received: str | None = None
         self._before: dict[int, Any] = {}
-        self._deadline: threading.Timer | None = None
+        self._left = threading.Event()
+        self._pipe: tuple[int, int] | None = None
+        self._wakeup_before = -1
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():  # Python delivers signals there only
+            # Inside a collective the main thread runs no handler. The number still arrives in the pipe at once.
+            self._pipe = os.pipe()
+            os.set_blocking(self._pipe[1], False)
+            self._wakeup_before = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+            threading.Thread(target=self._keep_deadline, args=self._pipe[:1], name="deadline", daemon=True).start()
             self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
@@ -61,21 +68,30 @@ class StopSignals:
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_IGN if isinstance(error, Preempted) else handler)
         # While the program ends the deadline stays: leaving the process group can hang too.
-        if self._deadline is not None and not isinstance(error, Preempted):
-            self._deadline.cancel()
+        if self._pipe is None or isinstance(error, Preempted):
+            return
+        signal.set_wakeup_fd(self._wakeup_before)
+        self._left.set()
+        os.close(self._pipe[1])
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received == "SIGINT":
             raise KeyboardInterrupt
         if self.received is None:
-            outlive_parent()  # a launcher may lose patience earlier; the deadline below bounds this process's life
+            outlive_parent()  # a launcher may lose patience earlier; the deadline bounds this process's life
             self.received = signal.Signals(number).name
-            self._deadline = threading.Timer(self.grace_s, self._give_up)
-            self._deadline.daemon = True
-            self._deadline.start()
 
-    def _give_up(self) -> None:
-        text = f"{self.received}: not saved within {self.grace_s:g} s; the last complete checkpoint stands\n"
+    def _keep_deadline(self, pipe: int) -> None:
+        """In a thread of its own: wait for the first signal, then for the end of the block or of the grace."""
+        number = b"\0"
+        while number and number[0] not in SIGNALS:
+            number = os.read(pipe, 1)
+        os.close(pipe)
+        if number and not self._left.wait(self.grace_s):
+            self._give_up(signal.Signals(number[0]).name)
+
+    def _give_up(self, name: str) -> None:
+        text = f"{name}: not saved within {self.grace_s:g} s; the last complete checkpoint stands\n"
         os.write(2, text.encode())  # logging may wait for a lock that the main thread holds
         os._exit(EXIT_CODE)
 

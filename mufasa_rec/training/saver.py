@@ -84,6 +84,7 @@ class Saver:
         self._copy = HostCopy()
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
+        self._name = ""
         self._saved_s = time.monotonic()
 
     @property
@@ -101,6 +102,11 @@ class Saver:
     def failed(self) -> bool:
         """Whether the last save came to nothing; the same on every rank once it has ended."""
         return self._failure is not None
+
+    @property
+    def lost(self) -> str | None:
+        """The name of the last checkpoint when it came to nothing; the same on every rank once that has ended."""
+        return self._name if self.failed else None
 
     def due_at(self, step: int) -> bool:
         """Whether the number of steps asks for a save; the same on every rank."""
@@ -160,13 +166,13 @@ class Saver:
     def _write(self, manifest: Manifest, tensors: dict[str, Any]) -> None:
         """Write, then drop what need not be kept."""
         begin = time.perf_counter()
-        self._failure = None
+        self._failure, self._name = None, manifest.name
         try:
             whole = write_checkpoint(self.location, manifest, tensors, self.exchange)
         except Exception as error:
             self._failure = error
             if self.exchange.rank == 0:
-                logger.error("checkpoint of step %d was not saved: %s; training goes on", manifest.step, error)
+                logger.error("checkpoint of step %d was not saved: %s", manifest.step, error)
             return
         if self.exchange.rank == 0:
             size = sum(facts.bytes for facts in whole.files.values()) / 2**20
@@ -174,11 +180,16 @@ class Saver:
             self._drop_old(whole)
 
     def _drop_old(self, newest: Manifest) -> None:
+        """Remove what need not be kept; when that fails there is one more than asked for, which the next save tries."""
         names = list_checkpoints(self.location)
         kept = {*names[-self.config.keep_last :], newest.name, newest.state["progress"]["best"].get("checkpoint")}
         for name in names:
-            if name not in kept:
+            if name in kept:
+                continue
+            try:
                 remove_checkpoint(self.location, name)
+            except OSError as error:
+                logger.warning("checkpoint %s cannot be removed: %s", name, error)
 
     def newest(self) -> Manifest | None:
         """The newest whole checkpoint; a damaged one is named and set aside. None when there is none at all."""

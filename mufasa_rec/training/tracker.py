@@ -49,8 +49,8 @@ class Tracker:
         if folder is None:
             return
         self._path = folder / "metrics.jsonl"
-        if keep_bytes is not None and self._path.exists() and self._path.stat().st_size > keep_bytes:
-            os.truncate(self._path, keep_bytes)
+        if keep_bytes is not None and self._path.exists():
+            _cut(self._path, keep_bytes)
         self._file = self._path.open("a")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1 if first_step else None)
         if sys.stderr.isatty():
@@ -58,8 +58,11 @@ class Tracker:
 
     @property
     def position(self) -> int:
-        """Length of `metrics.jsonl`, bytes; 0 for a silent tracker."""
-        return 0 if self.folder is None else self._file.tell()
+        """Length of `metrics.jsonl`, bytes, all of them on the disk; 0 for a silent tracker."""
+        if self.folder is None:
+            return 0
+        os.fsync(self._file.fileno())
+        return self._file.tell()
 
     def advance(self, steps: int = 1) -> None:
         """Move the progress bar."""
@@ -97,3 +100,10 @@ class Tracker:
             self._bar.close()
         self._file.close()
         self._board.close()
+
+
+def _cut(file: Path, keep_bytes: int) -> None:
+    """Cut a file of lines to a length, and to whole lines where a crash of the machine left fewer bytes."""
+    with file.open("rb+") as handle:
+        kept = handle.read(keep_bytes)
+        handle.truncate(kept.rfind(b"\n") + 1)

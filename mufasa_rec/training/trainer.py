@@ -102,6 +102,7 @@ class Trainer:
         self.waiting = Waiting()
         self.interval = Interval(surroundings.exchange, self.waiting, self.device)
         self.progress = Progress()
+        self._best_before: dict[str, Any] = {}
         self.signals = StopSignals(self.saver.config.grace_s)
         alone = surroundings.exchange.world_size == 1
         self.agreement = Agreement(None if alone else dist.new_group(backend="gloo"), num_wishes=2)
@@ -158,9 +159,12 @@ class Trainer:
         self._save_last()
 
     def _stop(self) -> None:
-        """Save where the run stands, and leave."""
+        """Save where the run stands, and leave; without a save where there can be none."""
         self.agreement.close()
-        self._save_last()
+        try:
+            self._save_last()
+        except OSError as error:
+            raise Preempted from error  # the saver has said why, and the last complete checkpoint stands
         logger.info(
             "asked to stop (%s): saved at step %d; start the same command again to continue",
             self.signals.received or "another rank was", self.optimizer.num_steps,
@@ -292,6 +296,8 @@ class Trainer:
             raise ValueError(
                 f"trainer.monitor={self.config.monitor!r}: validation gives {', '.join(metrics)}; choose one of them."
             )
+        self.saver.wait()
+        self._mend_best()
         self.interval.begin += time.perf_counter() - begin
         epoch, step, best = self.progress.epoch, self.optimizer.num_steps, self.progress.best
         line = " · ".join(f"{name} {value:.4f}" for name, value in metrics.items())
@@ -300,8 +306,21 @@ class Trainer:
         if best and metrics[self.config.monitor] <= best[self.config.monitor]:
             self.progress.poor += 1
             return False
+        self._best_before = best
         self.progress.best, self.progress.poor = {**metrics, "step": step, "epoch": epoch}, 0
         return True
+
+    def _mend_best(self, coming: str | None = None) -> None:
+        """When the best checkpoint could not be written: the coming one of its step is it, else the best before."""
+        best = self.progress.best
+        if self.saver.lost is None or self.saver.lost != best.get("checkpoint"):
+            return
+        if coming is not None and best["step"] == self.optimizer.num_steps:
+            best["checkpoint"] = coming
+            return
+        if self.around.exchange.rank == 0:
+            logger.error("the best validation, at step %d, was not saved: the best one before counts", best["step"])
+        self.progress.best = self._best_before
 
     def _asked_only(self) -> None:
         """Stop within a validation; a save can wait for its end."""
@@ -314,6 +333,7 @@ class Trainer:
         begin = time.perf_counter()
         step, exchange = self.optimizer.num_steps, self.around.exchange
         name = name or self.saver.name(step)
+        self._mend_best(name)
         self.progress.seconds = begin - self.begin
         state = run_state(
             self.progress,

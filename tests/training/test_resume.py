@@ -300,9 +300,7 @@ def failing_saves(env: DistributedEnv, config: RunConfig, folder: Path) -> list[
 def test_save_that_fails_is_said_and_training_goes_on(dataset: str, tmp_path: Path) -> None:
     config = replace(small_config(dataset, max_steps=12), checkpoint=CheckpointConfig(every_steps=3, keep_last=9))
     (said,) = run_ranks(failing_saves, 1, config, tmp_path)
-    assert said == [
-        "checkpoint of step 6 was not saved: rank 0 cannot write the checkpoint: the disk is full; training goes on"
-    ]
+    assert said == ["checkpoint of step 6 was not saved: rank 0 cannot write the checkpoint: the disk is full"]
     steps = [read_manifest(tmp_path / "checkpoints" / name).step for name in list_checkpoints(tmp_path / "checkpoints")]
     assert steps == [3, 9, 12]
 

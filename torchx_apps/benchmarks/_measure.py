@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import platform
 import time
 from collections.abc import Callable, Mapping
@@ -43,6 +45,7 @@ class Measured:
         p10: Their 10 % quantile.
         p90: Their 90 % quantile.
         shape: Sizes that belong to the numbers.
+        details: Further columns of the row in JSON.
     """
 
     case: str
@@ -51,9 +54,16 @@ class Measured:
     p10: float
     p90: float
     shape: dict[str, int] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
 
 
-def measured(case: str, unit: str, values: list[float], shape: Mapping[str, int] | None = None) -> Measured:
+def measured(
+    case: str,
+    unit: str,
+    values: list[float],
+    shape: Mapping[str, int] | None = None,
+    details: Mapping[str, Any] | None = None,
+) -> Measured:
     """Summarise rounds.
 
     Example:
@@ -62,7 +72,9 @@ def measured(case: str, unit: str, values: list[float], shape: Mapping[str, int]
         (2.0, 1.2, 2.8)
     """
     p10, median, p90 = np.quantile(values, [0.1, 0.5, 0.9]).tolist()
-    return Measured(case=case, unit=unit, median=median, p10=p10, p90=p90, shape=dict(shape or {}))
+    return Measured(
+        case=case, unit=unit, median=median, p10=p10, p90=p90, shape=dict(shape or {}), details=dict(details or {})
+    )
 
 
 def in_turn(competitors: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
@@ -96,7 +108,34 @@ def surroundings() -> dict[str, Any]:
 def as_json(name: str, rows: list[Measured]) -> list[dict[str, Any]]:
     """Rows with the benchmark's name and its surroundings."""
     where = surroundings()
-    return [{"benchmark": name, **asdict(row), **where} for row in rows]
+    found = []
+    for row in rows:
+        columns = asdict(row)
+        found.append({"benchmark": name, **columns.pop("details"), **columns, **where})
+    return found
+
+
+def peak_bytes(run: Callable[[], object]) -> int | None:
+    """Most memory that a run takes beyond what is held before it; None where the system does not tell."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - held
+    status, peak = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not status.exists() or not peak.exists():
+        return None
+    ctypes.CDLL(None).malloc_trim(0)  # what is free but kept would hide a run's own memory
+    held = _status_bytes(status, "VmRSS")
+    peak.write_text("5")  # resets VmHWM
+    run()
+    return _status_bytes(status, "VmHWM") - held
+
+
+def _status_bytes(status: Path, name: str) -> int:
+    line = next(line for line in status.read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024
 
 
 def _processor() -> str:
