@@ -88,6 +88,26 @@ def test_run_that_is_attacked_by_every_signal_in_every_phase_equals_the_undistur
     check_that_differences_are_found(run.folder, undisturbed.folder)
 
 
+@pytest.mark.slow
+def test_lost_rank_restarts_the_group_from_the_newest_checkpoint_and_the_run_equals_the_undisturbed_one(
+    dataset: str, tmp_path: Path
+) -> None:
+    config = config_of(dataset)
+    arguments = saved_config(tmp_path, replace(config, trainer=replace(config.trainer, max_steps=60)))
+    undisturbed = Run(tmp_path / "undisturbed", arguments)
+    run = Run(tmp_path / "attacked", arguments, max_restarts=1)
+    run_to_end(undisturbed)
+    attempt = run.start()
+    try:
+        assert attempt.strike(Fault(signal="SIGKILL", victim=1, phase="step", step=23, delay_s=0.0))
+        said = attempt.ended()
+    finally:
+        attempt.end()
+    assert attempt.process.returncode == 0, said
+    assert run.attempts == 1
+    assert differences(run.folder, undisturbed.folder) == []
+
+
 def check_that_differences_are_found(run: Path, undisturbed: Path) -> None:
     location = run / "run/checkpoints"
     said = differences_of_checkpoints(*(str(location / name) for name in list_checkpoints(location)[-2:]))

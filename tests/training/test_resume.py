@@ -297,6 +297,16 @@ def failing_saves(env: DistributedEnv, config: RunConfig, folder: Path) -> list[
     return said
 
 
+def test_clock_of_any_rank_saves_all_of_them(
+    dataset: str, tmp_path: Path, undisturbed: tuple[Path, list[Rows]]
+) -> None:
+    config = config_of(dataset, every_minutes=1e-5)
+    run_ranks(attempt, 2, config, tmp_path)
+    steps = {read_manifest(tmp_path / "checkpoints" / name).step for name in list_checkpoints(tmp_path / "checkpoints")}
+    assert steps - {8, 16, 20}  # those are of validations
+    check_equal(tmp_path, undisturbed[0])
+
+
 def test_save_that_fails_is_said_and_training_goes_on(dataset: str, tmp_path: Path) -> None:
     config = replace(small_config(dataset, max_steps=12), checkpoint=CheckpointConfig(every_steps=3, keep_last=9))
     (said,) = run_ranks(failing_saves, 1, config, tmp_path)

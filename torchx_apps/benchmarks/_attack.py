@@ -61,12 +61,14 @@ class Run:
     Attributes:
         folder: Holds the run folder, journals and logs.
         arguments: What `torchx_apps.train` is told, without `--run`.
+        max_restarts: How often torchrun itself starts lost ranks again.
         attempts: How often it was started.
         steps: Index in the run of every step that was ever trained, by (epoch, step in it); filled as they are seen.
     """
 
     folder: Path
     arguments: list[str]
+    max_restarts: int = 0
     attempts: int = 0
     steps: dict[tuple[int, int], int] = field(default_factory=dict)
 
@@ -82,7 +84,8 @@ class Run:
         """Start the command again."""
         self.attempts += 1
         journal = self.folder / f"journal-{self.attempts:04d}"
-        app = train(str(journal), *self.arguments, "--run", str(self.run), j=f"1x{RANKS}", name="faults")
+        arguments = (str(journal), *self.arguments, "--run", str(self.run))
+        app = train(*arguments, j=f"1x{RANKS}", name="faults", max_restarts=self.max_restarts)
         values = specs.macros.Values(img_root="", app_id=journal.name, replica_id="0", rank0_env="RANK0_HOST")
         role = values.apply(app.roles[0])
         line = role.args[1].replace("torchx_apps.train", PROGRAM)

@@ -114,7 +114,14 @@ def rows_that_count(folder: Path, rank: str) -> list[tuple[Place, Any]]:
 
 
 def _attempts(folder: Path, rank: str) -> Iterator[list[tuple[Place, Any]]]:
-    """Steps and their rows of every attempt."""
+    """Steps and their rows of every process: one for each attempt, and one more for each restart in place."""
     for path in sorted(folder.glob(f"journal-*{rank}")):
-        lines = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        yield [((line["epoch"], line["step"]), line["rows"]) for line in lines if "rows" in line]
+        found: list[tuple[Place, Any]] = []
+        for text in path.read_text().splitlines(keepends=True):
+            line = json.loads(text) if text.endswith("\n") else {}
+            if "pid" in line and found:
+                yield found
+                found = []
+            if "rows" in line:
+                found.append(((line["epoch"], line["step"]), line["rows"]))
+        yield found
