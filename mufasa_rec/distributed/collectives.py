@@ -10,6 +10,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+def host_group() -> dist.ProcessGroup:
+    """A gloo group of all ranks for exchanges in host memory that nothing else may get between; collective."""
+    group = dist.new_group(backend="gloo")
+    assert isinstance(group, dist.ProcessGroup)  # every rank is in it
+    return group
+
+
 class RankExchange:
     """Reaches the other ranks of a process group; implements `mufasa_rec.modules.next_item.Exchange`.
 
@@ -23,7 +30,7 @@ class RankExchange:
         self.group = group
         self.world_size = dist.get_world_size(group)
         self.rank = dist.get_rank(group)
-        self._host_group = dist.new_group(backend="gloo") if dist.get_backend(group) != "gloo" else group
+        self._host_group = host_group() if dist.get_backend(group) != "gloo" else group
 
     def counts(self, values: Sequence[int]) -> list[list[int]]:
         """Return every rank's `values`, one list per rank."""

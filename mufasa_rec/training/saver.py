@@ -9,10 +9,8 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-import torch.distributed as dist
-
 from mufasa_rec.data import paths
-from mufasa_rec.distributed.collectives import RankExchange
+from mufasa_rec.distributed.collectives import RankExchange, host_group
 from mufasa_rec.training.checkpoint import (
     list_checkpoints,
     load_tensors,
@@ -80,7 +78,7 @@ class Saver:
     def __init__(self, location: str, config: CheckpointConfig, about: dict[str, Any]) -> None:
         self.location, self.config, self.about = location, config, about
         # The writing thread's exchanges must not get between those of the training: a group of its own.
-        self.exchange = RankExchange(dist.new_group(backend="gloo"))
+        self.exchange = RankExchange(host_group())
         self._copy = HostCopy()
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None

@@ -14,13 +14,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from mufasa_rec.data.batch import Batch
 from mufasa_rec.data.loader import Loader
-from mufasa_rec.distributed.collectives import RankExchange
+from mufasa_rec.distributed.collectives import RankExchange, host_group
 from mufasa_rec.training.accounting import Interval, Waiting, train_line
 from mufasa_rec.training.checkpoint import model_state
 from mufasa_rec.training.checkpoint_manifest import Manifest
@@ -105,7 +104,7 @@ class Trainer:
         self._best_before: dict[str, Any] = {}
         self.signals = StopSignals(self.saver.config.grace_s)
         alone = surroundings.exchange.world_size == 1
-        self.agreement = Agreement(None if alone else dist.new_group(backend="gloo"), num_wishes=2)
+        self.agreement = Agreement(None if alone else host_group(), num_wishes=2)
         self.begin = time.perf_counter()
         self._saved_at: tuple[int, int, int, bool] | None = None
         self._batches: list[Batch] = []

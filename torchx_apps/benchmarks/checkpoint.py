@@ -46,7 +46,8 @@ def _measure(training: DemoTraining, saver: Saver, rounds: int) -> list[Measured
     stream = training.batches()
     for _ in range(_WARM_UP):
         _step(training, stream)
-    size = _save(training, saver, wait=True) and check(training, saver)
+    _save(training, saver, wait=True)
+    size = check(training, saver)
     quiet, beside, ratios, copies, spans, costs = [], [], [], [], [], []
     for _ in range(rounds):
         alone = [_step(training, stream) for _ in range(12)]
