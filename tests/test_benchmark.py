@@ -13,11 +13,11 @@ from torchx_apps.benchmark import main, names_of_benchmarks
 
 
 def test_every_file_of_the_folder_is_a_benchmark() -> None:
-    assert {"loader", "train_step"} <= set(names_of_benchmarks())
+    assert {"attention", "loader", "train_step"} <= set(names_of_benchmarks())
     assert not [name for name in names_of_benchmarks() if name.startswith("_")]
 
 
-@pytest.mark.parametrize("name", ["loader", "train_step"])
+@pytest.mark.parametrize("name", ["attention", "loader", "train_step"])
 def test_benchmark_prints_a_table_and_writes_rows(name: str, tmp_path: Path) -> None:
     file = tmp_path / "rows.json"
     program = [sys.executable, "-m", "torchx_apps.benchmark", name, "--small", "--rounds", "2", "--json", str(file)]
@@ -42,3 +42,16 @@ def test_unknown_benchmark_is_refused_with_the_known_ones(capsys: pytest.Capture
 def test_no_rounds_are_refused() -> None:
     with pytest.raises(SystemExit, match="--rounds 0: choose 1 or more"):
         main(["loader", "--rounds", "0"])
+
+
+def test_attention_rows_have_the_columns_that_others_read(tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    main(["attention", "--small", "--rounds", "1", "--json", str(file)])
+    rows = json.loads(file.read_text())
+    columns = "budget length lengths dtype path dense ms dense_ms ratio useful_gflops peak_bytes_per_token checked"
+    assert all({*columns.split(), "kv_groups", "shared_kv"} <= row.keys() for row in rows)
+    lean = [row for row in rows if row["budget"] == "lean"]
+    assert {row["lengths"] for row in lean} == {"uniform", "zipf"}
+    assert {row["dtype"] for row in lean} == {"float32", "bfloat16"}
+    assert {row["shared_kv"] for row in lean} == {True, False}
+    assert all(row["checked"] and row["ratio"] > 0 and row["useful_gflops"] > 0 for row in lean)

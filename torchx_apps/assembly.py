@@ -24,10 +24,11 @@ from mufasa_rec.distributed.env import DistributedEnv
 from mufasa_rec.evaluation.retrieval import Evaluator, RetrieverScorer
 from mufasa_rec.models.retriever import FUSED, Retriever, RetrieverArch
 from mufasa_rec.modules.event_embedding import EventEmbedding, EventEmbeddingConfig
-from mufasa_rec.modules.full_attention import FullAttentionExtractor
 from mufasa_rec.modules.item_tower import ItemTower
 from mufasa_rec.modules.next_item import NextItemObjective
+from mufasa_rec.modules.segmentation import BorderConfig
 from mufasa_rec.modules.sparse_arch import ContentTableConfig, SparseArch, TableConfig, table_name
+from torchx_apps import extractors
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ def open_dataset(config: RunConfig, vocabulary: ItemVocabulary | None = None) ->
 def event_columns(config: RunConfig, data: OpenDataset) -> tuple[str, ...]:
     """List columns that the model reads beside `item`."""
     columns = [name for name in ("action", "weight") if data.has(name)]
-    if data.has_time and config.model.num_gap_buckets:
+    if data.has_time and (config.model.num_gap_buckets or extractors.reads_times(config.model)):
         columns.append("timestamp")
     if config.model.use_categoricals:
         columns.extend(data.manifest.event_categoricals())
@@ -110,6 +111,7 @@ def make_loader(config: RunConfig, data: OpenDataset, part: str, env: Distribute
         seed=config.seed,
         sampler=sampler,
         target_actions=actions,
+        align=extractors.alignment(config),
     )
 
 
@@ -158,15 +160,30 @@ def build_retriever(config: RunConfig, data: OpenDataset, exchange: RankExchange
             dropout=model.extractor.dropout,
         )
     )
-    extractor = FullAttentionExtractor(model.extractor, embedding, config.data.max_history)
+    extractor = extractors.build(config, embedding, _thresholds(config, data))
     full = config.data.negatives.is_full(int(catalog.available.sum()))
     objective = NextItemObjective(model.objective, full=full, exchange=exchange)
     dense = RetrieverArch(
-        tower, extractor, objective, max_history=config.data.max_history, event_categoricals=event_categoricals
+        tower,
+        extractor,
+        objective,
+        max_history=extractors.max_events(config),
+        event_categoricals=event_categoricals,
+        raw_content=extractors.raw_content(extractor),
     )
     sharding.fuse_optimizer(sparse.ids, config.optimizer.tables)
     sharding.freeze(sparse.content)
     return Retriever(sparse, dense)
+
+
+def _thresholds(config: RunConfig, data: OpenDataset) -> BorderConfig:
+    """Thresholds of blocks by pauses or content, found in the training split where the configuration gives none."""
+    borders = config.model.extractor.borders
+    if config.model.attention == "full":
+        return borders
+    extractors.check_data(config.model, data.manifest, list(data.catalog.stores))
+    groups = list_row_groups(data.folder, data.manifest, data.ref, "train")
+    return extractors.find_thresholds(config.model, groups, data.catalog)
 
 
 def content_tables(data: OpenDataset) -> tuple[str, ...]:

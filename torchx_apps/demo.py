@@ -33,6 +33,7 @@ OUTPUTS = (
     "logs",
     "summary.json",
     "evaluation.json",
+    "ranks.safetensors",
     "report.html",
     MARKER,
 )

@@ -2,7 +2,8 @@
 
     python -m torchx_apps.evaluate --run RUN [--compare NAME=RUN,NAME=RUN] --output FOLDER
 
-Writes evaluation.json, summary.json and report.html. With several runs they must use one data set and one split.
+Writes evaluation.json, summary.json, report.html, and the rank of every user's target in ranks.safetensors. With
+several runs they must use one data set and one split.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from mufasa_rec.config import CONFIG_FILE, RunConfig, load_config
@@ -37,6 +38,7 @@ from torchx_apps import assembly, run_folder
 logger = logging.getLogger(__name__)
 MODEL = "model"
 ORACLE_FILE = "oracle.safetensors"
+RANKS_FILE = "ranks.safetensors"
 
 
 @record
@@ -127,6 +129,8 @@ def evaluate(
         "histograms": histograms(ranked[MODEL], data.catalog.counts),
         "runs": {name: str(folder) for name, folder in runs.items()},
     }
+    output.mkdir(parents=True, exist_ok=True)
+    _write_ranks(ranked, output)
     return _write(evaluation, runs, output)
 
 
@@ -217,9 +221,17 @@ def _facts(data: assembly.OpenDataset, ranked: Ranked, mask_seen: bool, part: st
     }
 
 
+def _write_ranks(ranked: dict[str, Ranked], output: Path) -> None:
+    """Write what paired comparisons with other evaluations of the split need: users, targets, and each row's ranks."""
+    model = ranked[MODEL]
+    columns = {name: getattr(model, name) for name in ("user", "target_row", "history_length")}
+    columns.update({f"rank.{name}": found.rank for name, found in ranked.items()})
+    with paths.atomic_write(output / RANKS_FILE) as path:
+        save_file({name: np.ascontiguousarray(values) for name, values in columns.items()}, path)
+
+
 def _write(evaluation: dict[str, Any], runs: dict[str, str], output: Path) -> list[dict[str, Any]]:
     """Write evaluation.json, summary.json and report.html."""
-    output.mkdir(parents=True, exist_ok=True)
     summary = [{key: value for key, value in row.items() if key != "slices"} for row in evaluation["rows"]]
     for name, content in (("evaluation.json", evaluation), ("summary.json", summary)):
         with paths.atomic_write(output / name) as path:

@@ -54,12 +54,14 @@ def ragged_arange(lengths: np.ndarray) -> np.ndarray:
     return np.arange(int(ends[-1]) if len(ends) else 0) - np.repeat(ends - lengths, lengths)
 
 
-def cut_windows(pieces: Sequence[tuple[RowGroup, np.ndarray]], max_history: int | None) -> Windows:
+def cut_windows(pieces: Sequence[tuple[RowGroup, np.ndarray]], max_history: int | None, *, align: int = 1) -> Windows:
     """Cut each row's newest events out of its row group.
 
     Args:
         pieces: Row groups and the rows wanted of each, `[k]` int64.
         max_history: Events of history that a row keeps beside its last target; None for all.
+        align: Windows begin at a multiple of it, counted from the stream's start, so that whole blocks are dropped: up
+            to `align - 1` more events are kept.
 
     Returns:
         The windows, rows in the order of the pieces.
@@ -68,6 +70,7 @@ def cut_windows(pieces: Sequence[tuple[RowGroup, np.ndarray]], max_history: int 
     chosen = [[getattr(group, name)[rows] for name in fields] for group, rows in pieces]
     end, stream_start, target_from, user, row_id = (np.concatenate(part) for part in zip(*chosen, strict=True))
     start = np.zeros_like(end) if max_history is None else np.maximum(end - (max_history + 1), 0)
+    start -= start % align
     lengths = end - start
     index = np.repeat(stream_start + start, lengths) + ragged_arange(lengths)
     last_rows = np.cumsum([len(rows) for _, rows in pieces])

@@ -32,7 +32,8 @@ class DataConfig:
         modalities: Content modalities to use; all when None.
         batch_size: Rows of a global batch, over all ranks.
         num_readers: Virtual readers that a global batch takes equal numbers of rows from; part of the data's order.
-        max_history: Events of history that a row keeps.
+        max_history: Events of history that a row keeps; with sparse attention, and the rest of the block that the
+            oldest of them lies in.
         target_actions: Actions that are targets, by name; all when None.
         min_count: Training events that an item needs for an embedding of its own; rarer items share one.
         negatives: How targets are contrasted.
@@ -92,6 +93,7 @@ class Loader:
         seed: Seed of the run.
         sampler: Draws candidates in training; None for evaluation, which has none.
         target_actions: Codes of the actions that are targets in training; all when None.
+        align: Histories begin at a multiple of this many events of their stream.
     """
 
     def __init__(  # noqa: PLR0913  what it reads, from where it stands, and how it draws
@@ -106,8 +108,9 @@ class Loader:
         seed: int = 0,
         sampler: NegativeSampler | None = None,
         target_actions: np.ndarray | None = None,
+        align: int = 1,
     ) -> None:
-        self.target_actions = target_actions
+        self.target_actions, self.align = target_actions, align
         self.groups, self.catalog, self.config, self.sampler = groups, catalog, config, sampler
         self.columns = ("item", *columns)
         self._files = RowGroupReader(self.columns)
@@ -154,7 +157,7 @@ class Loader:
         if not real:  # this rank has run out of rows: one row without events keeps it in the collectives
             group, _ = self._group(self.readers[0], order.epoch, 0)
             pieces = [(_without_rows(group), np.zeros(1, np.int64))]
-        windows = cut_windows(pieces, self.config.max_history)
+        windows = cut_windows(pieces, self.config.max_history, align=self.align)
         if real and self.sampler is None and not windows.lengths.all():
             row = int(windows.row_id[np.flatnonzero(windows.lengths == 0)[0]])
             raise ValueError(f"rows: row {row} of an evaluation part has no event to rank; leave such rows out.")

@@ -13,6 +13,9 @@ What is planted:
 - **Drift.** Now and then a topic of the repertoire is replaced for good.
 - **Content.** A title vector says the topic and the place in its ring (so "the next one" is a linear map of it); an
   image vector says the genre only, is noisy, and is missing for many items.
+- **Returns** (an option, off in the demo). Each session keeps to one genre of the user's, so a genre that was left
+  comes back after many other events, and its topics go on where they were: what comes next lies far back, beyond any
+  short window, and the session's first event says where to look.
 - **Cold items.** Some items are released just before every user's last event: no training event can reach them, only
   their content says where they belong.
 """
@@ -59,6 +62,9 @@ class SyntheticConfig:
         noise: Probability that an event is a draw by popularity instead.
         session_end: Probability that an event begins a new session.
         drift: Probability that a new session replaces one topic of the repertoire.
+        topics_per_session_genre: Topics that a repertoire holds of each of its genres, when every session keeps to one
+            genre; 0 for sessions over the whole repertoire. The repertoire is then this times a number of genres, and
+            drift must be 0.
         image_missing: Share of items without an image vector.
         start_ms: First day, milliseconds UTC.
         num_days: Days between the first event and the release of the cold items.
@@ -77,6 +83,7 @@ class SyntheticConfig:
     noise: float = 0.03
     session_end: float = 0.02
     drift: float = 0.4
+    topics_per_session_genre: int = 0
     image_missing: float = 0.3
     start_ms: int = 1_767_225_600_000
     num_days: int = 90
@@ -96,6 +103,24 @@ class SyntheticConfig:
             )
         if not 0.0 <= self.cold_topic_share <= 1.0:
             raise ValueError(f"cold_topic_share={self.cold_topic_share}: choose 0 to 1.")
+        if self.topics_per_session_genre:
+            self._check_returns()
+
+    def _check_returns(self) -> None:
+        """Check what sessions of one genre need: every topic of a repertoire must be equally likely to begin one."""
+        per_genre = self.topics_per_session_genre
+        if not self.active_topics <= per_genre <= self.topics_per_genre:
+            raise ValueError(
+                f"topics_per_session_genre={per_genre}: choose active_topics={self.active_topics} to topics_per_genre="
+                f"{self.topics_per_genre}, or 0."
+            )
+        if self.repertoire % per_genre or self.repertoire // per_genre > self.num_genres:
+            raise ValueError(
+                f"repertoire={self.repertoire}: choose topics_per_session_genre={per_genre} times at most num_genres="
+                f"{self.num_genres}."
+            )
+        if self.drift:
+            raise ValueError(f"drift={self.drift}: choose 0 when topics_per_session_genre is given.")
 
     @property
     def num_topics(self) -> int:
@@ -106,6 +131,21 @@ class SyntheticConfig:
     def num_items(self) -> int:
         """Number of items of the catalog, cold ones included."""
         return self.num_topics * self.items_per_topic
+
+
+# Six genres of four topics for each user, sessions of ten events: a genre comes back after some 60 events of others.
+RETURNS = SyntheticConfig(
+    num_users=3_000,
+    topics_per_genre=5,
+    mean_events=200,
+    repertoire=24,
+    active_topics=4,
+    stay=0.05,
+    noise=0.02,
+    session_end=0.1,
+    drift=0.0,
+    topics_per_session_genre=4,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,8 +201,7 @@ class _Users:
         self.genres = np.argsort(rng.random((n, config.num_genres)), axis=1)[:, :3]
         self.pointer = rng.integers(0, ring, (n, topics))
         self.seen = np.zeros((n, topics, ring), dtype=bool)
-        weight = self._taste()
-        self.repertoire = self._draw_topics(weight, config.repertoire)  # [n, R]
+        self.repertoire = self._draw_repertoire()  # [n, R]
         self.active = np.zeros((n, config.active_topics), dtype=np.int64)
         self.last = np.zeros(n, dtype=np.int64)  # place of the last event's topic in `active`
         self.begin_sessions(np.arange(n))
@@ -173,6 +212,19 @@ class _Users:
         np.put_along_axis(favourite, self.genres, 1.0, axis=1)
         per_topic = np.repeat(favourite, self.config.topics_per_genre, axis=1)
         return self.world.topic_weight[None] * (1.0 + 11.0 * per_topic)
+
+    def _draw_repertoire(self) -> np.ndarray:
+        """Topics that every user keeps, `[n, R]`; with sessions of one genre those of a genre side by side."""
+        config, count = self.config, self.config.topics_per_session_genre
+        if not count:
+            return self._draw_topics(self._taste(), config.repertoire)
+        genres = np.argsort(self.rng.random((len(self.genres), config.num_genres)), axis=1)
+        genres = genres[:, : config.repertoire // count]
+        weight = np.tile(self.world.topic_weight, (len(genres), 1))
+        keys = (np.log(weight) + self.rng.gumbel(size=weight.shape)).reshape(len(genres), config.num_genres, -1)
+        best = np.argsort(-keys, axis=2)[:, :, :count]
+        topics = best + np.arange(config.num_genres)[:, None] * config.topics_per_genre
+        return np.take_along_axis(topics, genres[:, :, None], axis=1).reshape(len(genres), -1)
 
     def _draw_topics(self, weight: np.ndarray, count: int) -> np.ndarray:
         """Draw `count` different topics per row with probability by weight (Gumbel top-k)."""
@@ -188,7 +240,11 @@ class _Users:
             np.put_along_axis(weight, self.repertoire[drifting], 1e-12, axis=1)
             place = rng.integers(0, config.repertoire, len(drifting))
             self.repertoire[drifting, place] = self._draw_topics(weight, 1)[:, 0]
-        places = np.argsort(rng.random((len(who), config.repertoire)), axis=1)[:, : config.active_topics]
+        key = rng.random((len(who), config.repertoire))
+        if config.topics_per_session_genre:  # others than the chosen genre's come last
+            genre = rng.integers(0, config.repertoire // config.topics_per_session_genre, (len(who), 1))
+            key += np.arange(config.repertoire) // config.topics_per_session_genre != genre
+        places = np.argsort(key, axis=1)[:, : config.active_topics]
         self.active[who] = np.take_along_axis(self.repertoire[who], places, axis=1)
         self.last[who] = rng.integers(0, config.active_topics, len(who))
 

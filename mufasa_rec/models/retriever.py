@@ -9,6 +9,7 @@ flow.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -16,12 +17,13 @@ from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from mufasa_rec.data.batch import Batch
-from mufasa_rec.modules.full_attention import FullAttentionConfig
 from mufasa_rec.modules.history import History, InterestExtractor
 from mufasa_rec.modules.item_tower import Items, ItemTower
 from mufasa_rec.modules.next_item import NextItemConfig, NextItemObjective, Questions
 from mufasa_rec.modules.sparse_arch import SparseArch, merge
+from mufasa_rec.modules.sparse_layer import SparseAttentionConfig
 
+Attention = Literal["sparse", "full"]
 FUSED = "fused"  # the one content "modality" that the retriever hands to its extractor: the item's fused content
 
 
@@ -58,6 +60,8 @@ class RetrieverConfig:
             learned.
         num_gap_buckets: Buckets of the time gap between events (base-2 seconds), 0 for none; only where the data has
             absolute times.
+        attention: What the extractor reads the history with: ``sparse`` attention, or ``full`` causal attention, which
+            takes the extractor's size and leaves its sparse fields unread.
         extractor: The interest extractor.
         objective: The next-item objective.
     """
@@ -69,7 +73,8 @@ class RetrieverConfig:
     id_dropout: float = 0.1
     init_std: float = 0.02
     num_gap_buckets: int = 24
-    extractor: FullAttentionConfig = field(default_factory=FullAttentionConfig)
+    attention: Attention = "full"
+    extractor: SparseAttentionConfig = field(default_factory=SparseAttentionConfig)
     objective: NextItemConfig = field(default_factory=NextItemConfig)
 
     def __post_init__(self) -> None:
@@ -80,6 +85,13 @@ class RetrieverConfig:
         for name in ("init_std", "num_gap_buckets"):
             if getattr(self, name) < 0:
                 raise ValueError(f"model.{name}={getattr(self, name)}: choose 0 or more.")
+        if self.attention not in get_args(Attention):
+            raise ValueError(f"model.attention={self.attention!r}: choose one of {get_args(Attention)}.")
+        if self.attention == "sparse" and self.extractor.positions == "learned":
+            raise ValueError(
+                "model.extractor.positions='learned': sparse attention has no bias by distance; choose 'rotary' or "
+                "'none', or model.attention: full."
+            )
 
 
 class RetrieverArch(nn.Module):
@@ -91,6 +103,7 @@ class RetrieverArch(nn.Module):
         objective: Turns states and candidates into a loss.
         max_history: Longest history of a row.
         event_categoricals: Event categoricals, whose embeddings are added to the events.
+        raw_content: Modalities whose vectors the extractor gets as they are stored, beside the fused content.
     """
 
     def __init__(
@@ -101,10 +114,11 @@ class RetrieverArch(nn.Module):
         *,
         max_history: int,
         event_categoricals: tuple[str, ...] = (),
+        raw_content: tuple[str, ...] = (),
     ) -> None:
         super().__init__()
         self.tower, self.extractor, self.objective = tower, extractor, objective
-        self.max_history, self.event_categoricals = max_history, event_categoricals
+        self.max_history, self.event_categoricals, self.raw_content = max_history, event_categoricals, raw_content
 
     def forward(self, looked_up: list[dict[str, JaggedTensor]], batch: Batch) -> tuple[Tensor, RetrieverOutput]:
         """Run the data-parallel part of a step.
@@ -143,6 +157,9 @@ class RetrieverArch(nn.Module):
         if self.tower.content is not None:
             content[FUSED] = items.content.index_select(0, batch.event_item)
             present[FUSED] = items.has_content.index_select(0, batch.event_item)
+        for name in self.raw_content:
+            content[name] = values[f"content.{name}"].index_select(0, batch.event_item)
+            present[name] = batch.present[name].index_select(0, batch.event_item)
         return History(
             embedded=embedded,
             offsets=batch.offsets,

@@ -45,6 +45,11 @@ class GroupPlan:
     num_places: int
     num_sequences: int
 
+    def to(self, device: torch.device) -> GroupPlan:
+        """The plan on a device; one that was made on the CPU has tight groups, which no other device could find."""
+        groups = [PaddedGroup(g.sequences.to(device), g.gather.to(device), g.valid.to(device)) for g in self.groups]
+        return GroupPlan(groups, self.restore.to(device), self.num_places, self.num_sequences)
+
 
 def lengths_of(offsets: Tensor) -> Tensor:
     """Lengths `[B]` of the sequences that `offsets [B + 1]` delimits.

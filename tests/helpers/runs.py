@@ -17,10 +17,10 @@ from mufasa_rec.data.negatives import NegativesConfig
 from mufasa_rec.distributed.env import DistributedEnv
 from mufasa_rec.distributed.sharding import TableOptimizerConfig
 from mufasa_rec.models.retriever import RetrieverConfig
-from mufasa_rec.modules.full_attention import FullAttentionConfig
+from mufasa_rec.modules.sparse_layer import SparseAttentionConfig
 from mufasa_rec.training.checkpoint import find_checkpoint
 from mufasa_rec.training.optim import OptimizerConfig
-from mufasa_rec.training.trainer import TrainerConfig
+from mufasa_rec.training.trainer_config import TrainerConfig
 from torchx_apps.train import train
 
 
@@ -36,7 +36,11 @@ def small_config(dataset: str, *, softmax: Any = "full", **trainer: Any) -> RunC
             negatives=NegativesConfig(softmax=softmax, num_uniform=24, num_inbatch=24),
         ),
         model=RetrieverConfig(
-            width=16, id_dropout=0.0, num_gap_buckets=8, extractor=FullAttentionConfig(num_layers=1, dropout=0.0)
+            width=16,
+            id_dropout=0.0,
+            num_gap_buckets=8,
+            attention="full",
+            extractor=SparseAttentionConfig(num_layers=1, dropout=0.0),
         ),
         optimizer=OptimizerConfig(
             learning_rate=3e-3, warmup_steps=5, tables=TableOptimizerConfig(name="adagrad", learning_rate=0.05)

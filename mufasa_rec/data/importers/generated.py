@@ -1,4 +1,4 @@
-"""The generated catalog as a source: ``--input synthetic:<seed>``."""
+"""The generated catalog as a source: ``synthetic:<seed>``, or with planted returns ``synthetic:returns:<seed>``."""
 
 from __future__ import annotations
 
@@ -9,28 +9,29 @@ import pyarrow as pa
 from mufasa_rec.data import raw
 from mufasa_rec.data.manifest_json import to_json
 from mufasa_rec.data.raw import RawData
-from mufasa_rec.data.synthetic import SyntheticConfig, generate
+from mufasa_rec.data.synthetic import RETURNS, SyntheticConfig, generate
 
 PREFIX = "synthetic:"
+KINDS = {"": SyntheticConfig(), "returns": RETURNS}
 
 
 def read_generated(source: str, config: SyntheticConfig | None = None) -> RawData:
     """Generates the catalog of a seed and puts it into canonical form.
 
     Args:
-        source: ``synthetic:<seed>``.
-        config: Sizes; None takes the demo's.
+        source: ``synthetic:<seed>`` or ``synthetic:<kind>:<seed>``.
+        config: Sizes; None takes the kind's, without a kind the demo's.
 
     Raises:
-        ValueError: The seed is no number.
+        ValueError: The seed is no number, or the kind unknown.
     """
-    text = source.removeprefix(PREFIX)
-    if not text.isdecimal():
-        raise ValueError(f"--input {source!r}: the seed must be a number; write synthetic:0")
-    config = config or SyntheticConfig()
+    kind, _, text = source.removeprefix(PREFIX).rpartition(":")
+    if not text.isdecimal() or kind not in KINDS:
+        raise ValueError(f"--input {source!r}: the seed must be a number; write synthetic:0 or synthetic:returns:0")
+    config = config or KINDS[kind]
     catalog = generate(int(text), config)
     return RawData(
-        name=f"synthetic-{text}",
+        name="-".join(filter(None, ["synthetic", kind, text])),
         events=pa.table({raw.USER: catalog.user, raw.ITEM: catalog.item, raw.TIMESTAMP: catalog.timestamp}),
         items=pa.table(
             {

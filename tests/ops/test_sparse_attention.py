@@ -1,0 +1,168 @@
+"""The tiled path against the definition in float64: selection and arithmetic apart, outputs and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mufasa_rec.ops.sparse_attention.api import attend_and_select
+from mufasa_rec.ops.sparse_attention.layout import Layout
+from mufasa_rec.ops.sparse_attention.pattern import SparsePattern
+from mufasa_rec.ops.sparse_attention.projected import FIELDS, Projected
+from mufasa_rec.ops.sparse_attention.reference import reference_attention, reference_scores
+from tests.sparse import BASE, LENGTHS, PATTERNS, WIDTH, as_leaves, copies_of, make_layout, make_rows, make_tokens
+from tests.tensors import gradient
+
+RATIOS = [(2, 2), (4, 2), (4, 1), (3, 1)]
+OUTPUT_ERROR = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+SCORE_ERROR = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Uninitialised memory holds NaN."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def run(
+    x: Projected, tokens: tuple[Tensor, Tensor], layout: Layout, weight: Tensor, selected: Tensor | None
+) -> tuple[list[Tensor], Tensor]:
+    """Output and gradients of all inputs, by the definition when `selected` is handed in; and the scored blocks."""
+    leaves = [*{id(t): t for t in (*x.tensors().values(), *tokens)}.values()]
+    if selected is None:
+        out, chosen = attend_and_select(x, *tokens, layout)
+    else:
+        out, chosen = reference_attention(x, *tokens, layout, selected)
+    (out * weight.to(out.dtype)).sum().backward()
+    return [out, *(torch.zeros_like(t) if t.grad is None else gradient(t) for t in leaves)], chosen
+
+
+def check_arithmetic(got: Sequence[Tensor], truth: Sequence[Tensor], tolerance: float) -> None:
+    """Compare by the norm of the difference; a gradient that vanishes in truth has the scale of the largest."""
+    scale = max(float(t.detach().double().norm()) for t in truth)
+    for mine, right in zip((t.detach() for t in got), (t.detach() for t in truth), strict=True):
+        assert torch.isfinite(mine).all()
+        assert (mine.double() - right.double()).norm() <= tolerance * max(float(right.double().norm()), 0.1 * scale)
+
+
+def check_selection(chosen: Tensor, truth: Tensor, scores: list[Tensor], layout: Layout, tolerance: float) -> None:
+    """A block that the definition does not choose may be chosen only where the scores are practically equal."""
+    tiles = layout.tiles
+    for row, (mine, right) in enumerate(zip(chosen.tolist(), truth.tolist(), strict=True)):
+        sequence = int(tiles.sequence[row])
+        query = int(tiles.begin[row] - layout.offsets[sequence])
+        for group, (a, b) in enumerate(zip(mine, right, strict=True)):
+            assert len(set(a) - {-1}) == len(set(b) - {-1})
+            of_block = scores[sequence][group, query]
+            for wrong, missed in zip(sorted(set(a) - set(b)), sorted(set(b) - set(a)), strict=True):
+                gap = abs(float(of_block[wrong] - of_block[missed]))
+                assert gap <= tolerance * float(of_block[missed])
+
+
+def check(
+    lengths: Sequence[int], pattern: SparsePattern, heads: tuple[int, int], *, shared: bool, dtype: torch.dtype
+) -> None:
+    unit = pattern.selection_block if torch.rand(()) < 0.5 else 1  # sequences that begin with a block, or anywhere
+    starts = [unit * int(start) for start in torch.randint(0, 20, (len(lengths),))]
+    layout = make_layout(lengths, pattern, starts)
+    x = as_leaves(make_rows(sum(lengths), *heads, shared=shared), dtype)
+    tokens = copies_of(make_tokens(layout, heads[1]), dtype)
+    weight = torch.randn(x.q.shape, dtype=torch.float64)
+    got, chosen = run(x, tokens, layout, weight, None)
+    exact, exact_tokens = as_leaves(x, torch.float64), copies_of(tokens, torch.float64)
+    truth, _ = run(exact, exact_tokens, layout, weight, chosen)
+    check_arithmetic(got, truth, OUTPUT_ERROR[dtype])
+    with torch.no_grad():
+        _, expected = reference_attention(exact, *exact_tokens, layout)
+        scores = reference_scores(exact, exact_tokens[0], layout)
+    check_selection(chosen, expected, scores, layout, SCORE_ERROR[dtype])
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+@settings(max_examples=6, deadline=None, derandomize=True, database=None)
+@given(
+    lengths=st.lists(st.sampled_from(LENGTHS), max_size=3),
+    heads=st.sampled_from(RATIOS),
+    shared=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_tiled_path_equals_the_definition(
+    name: str, lengths: list[int], heads: tuple[int, int], shared: bool, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    check(lengths, PATTERNS[name], heads, shared=shared, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("name", PATTERNS)
+def test_all_awkward_lengths_in_one_batch_equal_the_definition(name: str, shared: bool, seed: int) -> None:
+    torch.manual_seed(seed)  # at 0 sequences begin with a block, at 1 anywhere
+    check(LENGTHS, PATTERNS[name], (4, 2), shared=shared, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("heads", RATIOS, ids=str)
+def test_bf16_stays_close_to_the_definition(heads: tuple[int, int], shared: bool) -> None:
+    torch.manual_seed(0)
+    check([63, 0, 111, 9], BASE, heads, shared=shared, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", ["tiles of 2", "overlapping tokens", "timegap", "no block", "no own block"])
+@pytest.mark.parametrize("heads", [(2, 2), (2, 1)], ids=str)
+def test_gradients_equal_finite_differences(name: str, heads: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    lengths = [0, 1, 14]
+    pattern = replace(PATTERNS[name], window=5, num_selected=3)
+    layout = make_layout(lengths, pattern, [0, 3, 6])
+    x = as_leaves(make_rows(sum(lengths), *heads, width=2), torch.float64)
+    tokens = copies_of(make_tokens(layout, heads[1], width=2), torch.float64)
+    _, chosen = attend_and_select(x, *tokens, layout)
+
+    def function(*inputs: Tensor) -> Tensor:
+        rows = Projected(**dict(zip(FIELDS, inputs)))
+        k_block, v_block = inputs[len(FIELDS) :]
+        return attend_and_select(rows, k_block, v_block, layout, selected=chosen)[0]
+
+    assert torch.autograd.gradcheck(function, [*x.tensors().values(), *tokens], eps=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (2, 1)], ids=str)
+def test_logits_hundreds_of_nats_apart_neither_overflow_nor_underflow(heads: tuple[int, int]) -> None:
+    """The selected branch of the last query lies 300 nats below the window branch, and heads lie far apart too."""
+    torch.manual_seed(0)
+    layout = make_layout([111], BASE)
+    x = make_rows(111, *heads)
+    with torch.no_grad():
+        x.k_window.mul_(20)
+        x.k_selected.mul_(40).sub_(x.q[-1].mean(0) * 40)
+        x.q_block[:, 0] *= 60
+    tokens = make_tokens(layout, heads[1])
+    got, chosen = run(x, tokens, layout, torch.ones(x.q.shape), None)
+    exact, exact_tokens = as_leaves(x, torch.float64), copies_of(tokens, torch.float64)
+    truth, _ = run(exact, exact_tokens, layout, torch.ones(x.q.shape), chosen)
+    check_arithmetic(got, truth, 1e-4)  # a logit of 500 has an absolute error of 3e-5 in fp32
+    with torch.no_grad():
+        _, expected = reference_attention(exact, *exact_tokens, layout)
+        check_selection(chosen, expected, reference_scores(exact, exact_tokens[0], layout), layout, 1e-3)
+
+
+def test_negative_and_zero_gates_are_weights_like_any_other() -> None:
+    torch.manual_seed(0)
+    layout = make_layout([40, 3], BASE)
+    x = make_rows(43, 2, 1)
+    with torch.no_grad():
+        x.gates.sub_(0.5)[:, :, 0].zero_()
+    tokens, weight = make_tokens(layout, 1), torch.randn(43, 2, WIDTH)
+    got, chosen = run(x, tokens, layout, weight, None)
+    truth, _ = run(as_leaves(x, torch.float64), copies_of(tokens, torch.float64), layout, weight, chosen)
+    check_arithmetic(got, truth, 1e-5)
