@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from mufasa_rec.ops.sparse_attention import tiles
 from mufasa_rec.ops.sparse_attention.api import attend_and_select
+from mufasa_rec.ops.sparse_attention.heads import Scratch, for_each_head
 from mufasa_rec.ops.sparse_attention.layout import Layout
 from mufasa_rec.ops.sparse_attention.pattern import SparsePattern
 from mufasa_rec.ops.sparse_attention.projected import FIELDS, Projected
@@ -154,6 +156,68 @@ def test_logits_hundreds_of_nats_apart_neither_overflow_nor_underflow(heads: tup
     with torch.no_grad():
         _, expected = reference_attention(exact, *exact_tokens, layout)
         check_selection(chosen, expected, reference_scores(exact, exact_tokens[0], layout), layout, 1e-3)
+
+
+@pytest.mark.parametrize("low", ["window", "selected"])
+def test_branches_of_one_key_list_may_lie_hundreds_of_nats_apart(low: str) -> None:
+    """Keys are shared and read in one pass: the blocks before the window lie 300 nats above or below it."""
+    torch.manual_seed(0)
+    layout = make_layout([64], PATTERNS["window of whole blocks"])
+    x = make_rows(64, 2, 2, shared=True)
+    with torch.no_grad():
+        x.q[..., 0] = 8.0
+        x.k_window[..., 0] = 0.0
+        x.k_window[:24, :, 0] = 106.0 if low == "window" else -106.0
+    tokens, weight = make_tokens(layout, 2), torch.randn(x.q.shape)
+    got, chosen = run(x, tokens, layout, weight, None)
+    truth, _ = run(as_leaves(x, torch.float64), copies_of(tokens, torch.float64), layout, weight, chosen)
+    check_arithmetic(got, truth, 1e-3)  # two nearly equal sums of keys of 106 leave little of a query's gradient
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("heads", [(4, 4), (3, 3), (4, 2), (2, 1)], ids=str)
+def test_threads_change_no_bit_where_each_has_heads_of_its_own(heads: tuple[int, int], shared: bool) -> None:
+    torch.manual_seed(0)
+    layout = make_layout(LENGTHS, PATTERNS["window of whole blocks"])
+    x, tokens = make_rows(sum(LENGTHS), *heads, shared=shared), make_tokens(layout, heads[1])
+    weight, before = torch.randn(x.q.shape), torch.get_num_threads()
+    found = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        try:
+            copy = as_leaves(x)
+            found.append(run(copy, copies_of(tokens, torch.float32), layout, weight, None))
+            assert torch.get_num_threads() == threads
+            with torch.inference_mode():
+                again = attend_and_select(copy, *tokens, layout)[0]
+            assert torch.equal(again, found[-1][0][0])
+        finally:
+            torch.set_num_threads(before)
+    for one, two in zip((*found[0][0], found[0][1]), (*found[1][0], found[1][1]), strict=True):
+        assert torch.equal(one, two) if heads[1] > 1 else torch.allclose(one, two, atol=1e-5)
+
+
+@pytest.mark.parametrize("elements", [1, 1 << 10])
+def test_chunks_of_any_size_equal_the_definition(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "_CHUNK_ELEMENTS", elements)
+    torch.manual_seed(0)
+    for name in ("window of whole blocks", "timegap"):
+        check(LENGTHS, PATTERNS[name], (4, 2), shared=True, dtype=torch.float32)
+
+
+def test_an_error_in_a_thread_is_raised_and_the_threads_are_given_back() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+
+    def fail(head: int, scratch: Scratch) -> None:
+        raise RuntimeError(f"head {head}")
+
+    try:
+        with pytest.raises(RuntimeError, match="head"):
+            for_each_head(fail, 2, torch.device("cpu"))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_negative_and_zero_gates_are_weights_like_any_other() -> None:

@@ -89,7 +89,7 @@ def attend_and_select(
         return out.to(x.q.dtype), chosen
     packed = remember(layout)
     tokens = k_block.contiguous(), v_block.contiguous()
-    out, _, _, chosen = sparse_attention_op(rows_of(x), *tokens, packed, selected, x.shared)
+    out, _, chosen = sparse_attention_op(rows_of(x), *tokens, packed, selected, x.shared)
     return out, chosen
 
 

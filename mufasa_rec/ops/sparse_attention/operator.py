@@ -47,12 +47,12 @@ def recall(packed: Tensor) -> Layout:
 @torch.library.custom_op("mufasa_rec::sparse_attention", mutates_args=())
 def sparse_attention_op(
     rows: list[Tensor], k_block: Tensor, v_block: Tensor, packed: Tensor, selected: Tensor | None, shared: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Run `blocked.forward`; `rows` are the tensors of a `Projected`, shared keys and values once."""
     layout, x = recall(packed), _projected(rows, shared)
     with torch.autocast(k_block.device.type, enabled=False):
-        out, partial, lse, chosen = blocked.forward(x, k_block, v_block, layout, selected)
-    return out, partial, lse, chosen.clone() if chosen is selected else chosen
+        out, lse, chosen = blocked.forward(x, k_block, v_block, layout, selected)
+    return out, lse, chosen.clone() if chosen is selected else chosen
 
 
 @torch.library.custom_op("mufasa_rec::sparse_attention_backward", mutates_args=())
@@ -68,7 +68,7 @@ def sparse_attention_backward_op(
     """Run `blocked.backward`; gradients in the order of `rows`, then of `k_block` and `v_block`."""
     layout, x = recall(packed), _projected(rows, shared)
     with torch.autocast(k_block.device.type, enabled=False):
-        found = blocked.backward(grad, x, (k_block, v_block), layout, (saved[0], saved[1], saved[2]))
+        found = blocked.backward(grad, x, (k_block, v_block), layout, (saved[0], saved[1]))
     return [found[name] for name in (*_names(shared), "k_block", "v_block")]
 
 
@@ -92,15 +92,15 @@ def _projected(rows: list[Tensor], shared: bool) -> Projected:
 @sparse_attention_op.register_fake
 def _(
     rows: list[Tensor], k_block: Tensor, v_block: Tensor, packed: Tensor, selected: Tensor | None, shared: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     q = rows[0]
     exact = torch.float64 if q.dtype == torch.float64 else torch.float32
     if selected is None:
         size = torch.library.get_ctx()
         shape = [size.new_dynamic_size(), k_block.shape[1], size.new_dynamic_size()]
         selected = q.new_empty(shape, dtype=torch.int64)
-    partial = q.new_empty(3, *q.shape)
-    return torch.empty_like(q), partial, q.new_empty(3, *q.shape[:2], dtype=exact), torch.empty_like(selected)
+    lse = q.new_empty(3, *q.shape[:2], dtype=exact)
+    return torch.empty_like(q), lse, torch.empty_like(selected)
 
 
 @sparse_attention_backward_op.register_fake
@@ -120,7 +120,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     rows, k_block, v_block, packed, _, ctx.shared = inputs
     ctx.num_rows = len(rows)
     ctx.save_for_backward(*rows, k_block, v_block, packed, *output[1:])
-    ctx.mark_non_differentiable(output[3])
+    ctx.mark_non_differentiable(output[2])
 
 
 def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Any, ...]:

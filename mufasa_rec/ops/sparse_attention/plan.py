@@ -71,7 +71,7 @@ def plan_tiles(layout: Layout, *, fuse: bool) -> Plan:
     Args:
         layout: The batch's blocks.
         fuse: Whether the window and the selected branch read the same keys and values. Then a whole block of queries
-            reads its window, itself and its selected blocks as one list of keys: a tenth fewer products.
+            reads its window, itself and its selected blocks as one list of keys: a fifteenth fewer products.
     """
     pattern, tiles = layout.pattern, layout.tiles
     block = pattern.selection_block
@@ -132,7 +132,7 @@ def window_groups(layout: Layout, cut: tuple[Tensor, Tensor, Tensor] | None = No
 
 def block_groups(layout: Layout) -> list[TileGroup]:
     """Tiles of the block branch: each reads its sequence's tokens from the first to the last that is complete."""
-    size = min(256, max(32, 4 * layout.pattern.token_stride))
+    size = min(512, max(32, 8 * layout.pattern.token_stride))
     return prefix_groups(layout.offsets, layout.visible_tokens, layout.tokens.offsets[:-1], size)
 
 

@@ -16,13 +16,14 @@ def run_index(begin: Tensor, groups: int) -> Tensor:
     return begin[:, None] * groups + torch.arange(groups, device=begin.device)
 
 
-def gather_runs(rows: Tensor, index: Tensor, length: int) -> Tensor:
+def gather_runs(rows: Tensor, index: Tensor, length: int, out: Tensor | None = None) -> Tensor:
     """Copy runs.
 
     Args:
         rows: Contiguous rows, `[L, G, D]`.
         index: Elements from `run_index`, of any shape; no run may leave the rows.
         length: Rows of a run.
+        out: Where to write the runs; None for fresh memory.
 
     Returns:
         The runs, `[N, length, D]` with one for each element of `index`.
@@ -34,7 +35,7 @@ def gather_runs(rows: Tensor, index: Tensor, length: int) -> Tensor:
     """
     size, groups, width = rows.shape
     view = rows.as_strided((max(size - length + 1, 0) * groups, length, width), (width, groups * width, 1))
-    return view.index_select(0, index.reshape(-1))
+    return torch.index_select(view, 0, index.reshape(-1), out=out)
 
 
 def add_runs(rows: Tensor, index: Tensor, runs: Tensor) -> None:
