@@ -144,8 +144,9 @@ def describe_run(config: RunConfig, data: OpenDataset, plan: str) -> dict[str, A
 def dataset_facts(data: OpenDataset) -> dict[str, str]:
     """What identifies the data that a run reads, wherever it lies."""
     facts = {"split": data.catalog.split, "items": data.manifest.items.checksum}
-    for name, store in data.catalog.stores.items():
-        facts[f"content.{name}"] = f"{store.manifest.generation}@{store.manifest.checksum}"
+    for name in data.catalog.stores:
+        pinned = data.manifest.content[name]  # a generation may have got segments since
+        facts[f"content.{name}"] = f"{pinned.generation}@{pinned.checksum}"
     return facts
 
 

@@ -103,7 +103,7 @@ class ItemLookup:
         self.vocabulary = vocabulary
         self.keys = vocabulary.keys_of(ids)
         self.available = _available_in_training(self.items, self.counts, split)
-        self.stores = {name: _open_store(dataset, manifest, name) for name in _chosen(manifest, modalities)}
+        self.stores = {name: _open_store(dataset, manifest, split, name) for name in _chosen(manifest, modalities)}
         self.content_rows = {name: store.rows_of(ids) for name, store in self.stores.items()}
         self._direct = _direct_table(ids)
 
@@ -192,9 +192,18 @@ def _chosen(manifest: DatasetManifest, modalities: tuple[str, ...] | None) -> li
     return sorted(modalities)
 
 
-def _open_store(dataset: paths.Location, manifest: DatasetManifest, name: str) -> ContentStore:
+def _open_store(dataset: paths.Location, manifest: DatasetManifest, split: SplitManifest, name: str) -> ContentStore:
+    """A modality's store; vectors that were learned from events must have been learned from this split's."""
     ref = manifest.content[name]
-    return ContentStore.open(str(dataset), name, ref.generation, checksum=ref.checksum)
+    store = ContentStore.open(str(dataset), name, ref.generation, checksum=ref.checksum)
+    learned = store.manifest.split
+    if learned is not None and (learned.get("id"), learned.get("hash")) != (split.id, split.hash):
+        raise ValueError(
+            f"modality {name!r}: learned from split {learned.get('id')}@{learned.get('hash')}, but this run uses "
+            f"{split.id}@{split.hash}: it may have seen events that the run is evaluated on; leave it out of "
+            "data.modalities, or learn it from this split."
+        )
+    return store
 
 
 def _direct_table(ids: np.ndarray) -> np.ndarray | None:

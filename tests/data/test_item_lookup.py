@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
+from mufasa_rec.data.content_writer import write_content
 from mufasa_rec.data.item_lookup import ItemLookup, ItemVocabulary, _direct_table, split_of
-from mufasa_rec.data.schema import DatasetManifest
+from mufasa_rec.data.schema import ContentRef, DatasetManifest
 
 COUNTS = "splits/leave_one_out/item_counts.safetensors"
 
@@ -107,3 +109,21 @@ def test_items_that_could_not_be_chosen_are_no_negatives(dataset: str) -> None:
     items = lookup(dataset)
     assert (items.available >= (items.counts > 0)).all()
     assert not items.available[items.counts == 0].all()
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_vectors_learned_from_another_split_are_refused(copy: Path, own: bool) -> None:
+    manifest = DatasetManifest.load(copy)
+    _, split = split_of(manifest, copy, "leave_one_out")
+    ids = np.asarray(lookup(copy).items.ids)
+    learned = {"id": split.id, "hash": split.hash if own else "another"}
+    vectors = np.random.default_rng(0).normal(size=(len(ids), 8)).astype(np.float32)
+    written = write_content(copy, "learned", ids, vectors, encoder="x", encoder_version="1", split=learned)
+    ref = ContentRef(generation=written.generation, width=8, dtype="float16", rows=len(ids), checksum=written.checksum)
+    changed = replace(manifest, content={**manifest.content, "learned": ref})
+    if own:
+        assert "learned" in ItemLookup(copy, changed, split).stores
+        return
+    with pytest.raises(ValueError, match=r"modality 'learned': learned from split leave_one_out@another, but this run"):
+        ItemLookup(copy, changed, split)
+    assert "learned" not in ItemLookup(copy, changed, split, modalities=("title",)).stores
