@@ -16,7 +16,7 @@ from torchx.specs.file_linter import validate
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCHX = str(Path(sysconfig.get_path("scripts")) / "torchx")
-COMPONENTS = ("prepare", "train", "evaluate", "export")
+COMPONENTS = ("prepare", "train", "fuse", "evaluate", "export")
 # Writes what each process was told and where it stands.
 PROGRAM = """
 import json, os, pathlib, sys

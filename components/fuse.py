@@ -1,0 +1,134 @@
+"""The job that trains the fusion layer and writes a fused vector for every item.
+
+    torchx run -s local_cwd components/fuse.py:fuse -j 1x2 -- --dataset DATASET --run RUN
+
+TorchX runs this file by its path, outside of any package: it is complete by itself.
+Copy it to change how the job starts.
+"""
+
+import shlex
+import sys
+from typing import Dict, List, Optional, Tuple
+
+import torchx.specs as specs
+
+
+def fuse(
+    *script_args: str,
+    j: str = "1x2",
+    name: str = "fuse",
+    h: Optional[str] = None,
+    cpu: int = 2,
+    gpu: int = 0,
+    memMB: int = 8192,
+    image: str = "mufasa_rec",
+    python: str = sys.executable,
+    env: Optional[Dict[str, str]] = None,
+    max_retries: int = 0,
+    max_restarts: int = 0,
+    grace_s: int = 60,
+    rdzv_port: int = 29500,
+    threads: int = 1,
+) -> specs.AppDef:
+    """Train the fusion layer and encode the catalog: `python -m torchx_apps.fuse` on every process.
+
+    Args:
+        script_args: what the program itself is told, after a `--`; `-- --help` lists it
+        j: nodes x processes per node, such as 1x2; or least:most nodes x processes, such as 1:2x4 (elastic)
+        name: name of the job, at most 30 characters
+        h: named resource of a node; it takes precedence over cpu, gpu and memMB
+        cpu: CPU cores per node
+        gpu: GPUs per node
+        memMB: memory per node in MB
+        image: container image, where the scheduler runs containers
+        python: Python interpreter on the nodes; `python` where the job runs in a container
+        env: more environment variables, as NAME=value,NAME=value
+        max_retries: how often the scheduler starts a failed job again; it goes on from the newest checkpoint
+        max_restarts: how often torchrun starts lost processes again in place; an elastic job needs at least 1
+        grace_s: seconds to save in when the job is told to end; more than the program's own checkpoint.grace_s
+        rdzv_port: port of the first node on which several nodes meet; a single node takes any free port
+        threads: OMP_NUM_THREADS of each process
+    """
+    least, most, processes = _elastic_shape(j, max_restarts)
+    nodes = str(most) if least is None else f"{least}:{most}"
+    return specs.AppDef(
+        name=_checked_name(name),
+        roles=[
+            specs.Role(
+                name="fuse",
+                image=image,
+                entrypoint="sh",
+                args=[
+                    "-c",
+                    _torchrun(python, nodes, processes, rdzv_port, max_restarts, ["torchx_apps.fuse", *script_args]),
+                ],
+                env={
+                    "OMP_NUM_THREADS": str(threads),
+                    "LOGLEVEL": "WARNING",
+                    **_ending(max_restarts, grace_s),
+                    **(env or {}),
+                },
+                num_replicas=most,
+                min_replicas=least,
+                max_retries=max_retries,
+                retry_policy=specs.RetryPolicy.APPLICATION,
+                resource=specs.resource(cpu=cpu, gpu=gpu, memMB=memMB, h=h),
+                port_map={"c10d": rdzv_port},
+            )
+        ],
+    )
+
+
+def _ending(max_restarts: int, grace_s: int) -> Dict[str, str]:
+    """How torchrun ends processes and starts them again; an older torchrun passes over a variable it does not know."""
+    return {
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(grace_s),
+        # A group that starts again must not read what the one before left in the store.
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": str(int(max_restarts > 0)),
+    }
+
+
+def _elastic_shape(j: str, max_restarts: int) -> Tuple[Optional[int], int, int]:
+    """The least number of nodes (None where it is fixed), the most, and the processes of each."""
+    nodes, _, processes = j.partition("x")
+    parts = [*nodes.split(":"), processes]
+    if len(parts) > 3 or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise ValueError(
+            f"j is {j!r}: give nodes x processes per node, such as 1x2, or least:most nodes, such as 1:2x4"
+        )
+    least, most = int(parts[0]), int(parts[-2])
+    if least > most:
+        raise ValueError(
+            f"j is {j!r}: the least number of nodes is above the most; give it as {most}:{least}x{processes}"
+        )
+    if least < most and max_restarts < 1:
+        raise ValueError(
+            f"j is {j!r} and max_restarts is {max_restarts}: an elastic job restarts in place; give 1 or more"
+        )
+    return (least if least < most else None), most, int(processes)
+
+
+def _torchrun(python: str, nodes: str, processes: int, rdzv_port: int, max_restarts: int, program: List[str]) -> str:
+    """The shell line of one node: only a shell knows the first node's host, in a variable that each scheduler names."""
+    # After `--` torchrun does not take the program's --run for a short form of its own --run_path.
+    # `$$` is a `$` that TorchX leaves alone when it fills in its own macros.
+    meeting_point = "localhost:0 --local_addr localhost"
+    if nodes != "1":
+        meeting_point = f"$${{{specs.macros.rank0_env}:=localhost}}:{rdzv_port}"
+    # torchrun keeps the shell's id, by which a process sees that torchrun was gone before it could ask to die with it.
+    # (Kubernetes makes one `$` of two: there torchrun is the container's first process, with which all others die.)
+    # Slurm warns by SIGUSR1, which would kill torchrun: it is to pass it on like the rest. The variable, not the flag,
+    # also starts a torchrun that has neither; it is set here, since Slurm takes a role's variables apart at commas.
+    return (
+        "export LAUNCHER_PID=$$$$ PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1;"
+        f" exec {shlex.quote(python)} -m torch.distributed.run"
+        f" --nnodes {nodes} --nproc_per_node {processes}"
+        f" --rdzv_backend c10d --rdzv_id {specs.macros.app_id} --rdzv_endpoint {meeting_point}"
+        f" --max_restarts {max_restarts} --tee 3 --role '' -m -- {shlex.join(program)}"
+    )
+
+
+def _checked_name(name: str) -> str:
+    if not 0 < len(name) <= 30:
+        raise ValueError(f"name is {name!r}, {len(name)} characters: schedulers take 1 to 30; give a shorter --name")
+    return name
