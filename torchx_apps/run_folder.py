@@ -8,7 +8,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -44,7 +44,7 @@ def saved_config(run: str | None) -> str | None:
     return file if file and paths.exists(file) else None
 
 
-def claim(folder: Path, config: RunConfig, exchange: RankExchange) -> bool:
+def claim(folder: Path, config: RunConfig, exchange: RankExchange) -> tuple[RunConfig, bool]:
     """Make the run folder, or find that it holds this run already; refused on all ranks alike.
 
     Args:
@@ -53,7 +53,8 @@ def claim(folder: Path, config: RunConfig, exchange: RankExchange) -> bool:
         exchange: Reaches the other ranks.
 
     Returns:
-        Whether the folder holds this run, begun before.
+        The configuration, and whether the folder holds this run, begun before. Such a run keeps the modalities that it
+        began with, whatever the data set has got since.
 
     Raises:
         ValueError: When it holds another run, or cannot be made. Nothing is written then.
@@ -63,17 +64,26 @@ def claim(folder: Path, config: RunConfig, exchange: RankExchange) -> bool:
         try:
             file = saved_config(str(folder))
             if file:
-                refuse_changes(load_config(file), config, folder)
+                saved = load_config(file)
+                config = with_modalities(config, saved.data.modalities)
+                refuse_changes(saved, config, folder)
                 continues = True
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             problem = f"--run {folder}: cannot be made ({error.strerror}); choose a folder that this user may write."
         except ValueError as error:
             problem = str(error)
-    problem, continues = exchange.objects((problem, continues))[0]
+    problem, continues, config = exchange.objects((problem, continues, config))[0]
     if problem:
         raise ValueError(problem)
-    return continues
+    return config, continues
+
+
+def with_modalities(config: RunConfig, names: Iterable[str] | None) -> RunConfig:
+    """The configuration with these modalities where it names none, so that later ones do not join the run."""
+    if config.data.modalities is not None or names is None:
+        return config
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, modalities=tuple(sorted(names))))
 
 
 @contextmanager

@@ -69,7 +69,7 @@ def train(config: RunConfig, folder: Path, env: DistributedEnv, watch: Callable[
     """
     config.optimizer.tables.refuse_on(env.device)
     exchange = RankExchange()
-    continues = run_folder.claim(folder, config, exchange)
+    config, continues = run_folder.claim(folder, config, exchange)
     with run_folder.held(folder, exchange, patience_s=config.checkpoint.grace_s + 5.0):
         return _train(config, folder, continues, exchange, env, watch)
 
@@ -85,6 +85,8 @@ def _train(
     """Train in a folder that is this job's."""
     vocabulary = assembly.load_vocabulary(str(folder)) if continues else None
     data = assembly.open_dataset(config, vocabulary)
+    if config.model.use_content:
+        config = run_folder.with_modalities(config, data.catalog.stores)
     train_loader = assembly.make_loader(config, data, "train", env)
     evaluator = assembly.make_evaluator(config, data, "validation", env, exchange)
     retriever = assembly.build_retriever(config, data, exchange)

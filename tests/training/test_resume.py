@@ -14,11 +14,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from mufasa_rec.config import RunConfig, load_config
 from mufasa_rec.data.batch import Batch
+from mufasa_rec.data.content_writer import write_content
+from mufasa_rec.data.items import ItemStore
+from mufasa_rec.data.schema import ContentRef, DatasetManifest
 from mufasa_rec.distributed.env import DistributedEnv
 from mufasa_rec.distributed.sharding import ShardingConfig
 from mufasa_rec.evaluation.retrieval import Evaluator
@@ -30,6 +34,7 @@ from mufasa_rec.training.saver import CheckpointConfig
 from tests.helpers import object_store
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import metrics_of, small_config, weights_of
+from torchx_apps.evaluate import evaluate
 from torchx_apps.train import train
 
 STEPS = 20  # two epochs and a half
@@ -347,3 +352,23 @@ def test_run_folder_of_a_job_that_still_runs_is_not_touched(
     (said,) = run_ranks(hold_and_train, 1, config, folder, leave_after_s)
     assert end in said
     assert (folder / "config.yaml").exists() == (said == "done")
+
+
+def test_modality_that_joins_the_data_set_later_leaves_a_run_as_it_is(dataset: str, tmp_path: Path) -> None:
+    folder = str(shutil.copytree(dataset, tmp_path / "dataset"))
+    config = replace(small_config(folder, max_steps=9), checkpoint=CheckpointConfig(keep_last=9))
+    run_ranks(attempt, 1, config, tmp_path / "run", 4)
+    assert load_config(tmp_path / "run/config.yaml").data.modalities == ("image", "title")
+    manifest = DatasetManifest.load(folder)
+    ids = np.asarray(ItemStore.open(folder, manifest.items.generation).ids)
+    vectors = np.random.default_rng(0).normal(size=(len(ids), 8)).astype(np.float32)
+    written = write_content(folder, "later", ids, vectors, encoder="x", encoder_version="1")
+    ref = ContentRef(generation=written.generation, width=8, dtype="float16", rows=len(ids), checksum=written.checksum)
+    replace(manifest, content={**manifest.content, "later": ref}).save(folder)
+    assert run_ranks(attempt, 1, config, tmp_path / "run")[0][0] == "done"
+    run_ranks(evaluate_run, 1, tmp_path / "run", tmp_path / "evaluated")
+    assert (tmp_path / "evaluated/summary.json").exists()
+
+
+def evaluate_run(env: DistributedEnv, run: Path, output: Path) -> None:
+    evaluate({"model": str(run)}, output, "validation", env)
