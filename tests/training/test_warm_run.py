@@ -28,7 +28,7 @@ def test_run_starts_from_another_and_is_continued_from_its_own(dataset: str, tmp
         warm_start=WarmStartConfig(source=str(tmp_path / "a"), modules=("dense.tower",)),
     )
     run_ranks(train_in, 1, warm, tmp_path / "b")
-    assert load_config(tmp_path / "b" / "config.yaml") == warm
+    assert load_config(tmp_path / "b" / "config.yaml").warm_start == warm.warm_start
     source, started = weights_of(tmp_path / "a", "best"), weights_of(tmp_path / "b", "best")
     for name, weight in started.items():
         if name.startswith("model.dense.tower.") or (".embeddings." in name and name.startswith("model.")):
