@@ -149,10 +149,19 @@ class EventEmbedding(nn.Module):
         return actions
 
     def _gap_bucket(self, gap_ms: Tensor) -> Tensor:
-        """Bucket `floor(log2(1 + seconds))` of each gap, the last one open; a clock that went back counts as no gap."""
-        seconds = gap_ms.clamp(min=0).to(torch.float64) / 1000.0
-        bucket = torch.frexp(1.0 + seconds).exponent - 1  # exact at powers of two, where a log2 may round down
-        return bucket.to(torch.int64).clamp(max=self.config.num_gap_buckets - 1)
+        return time_bucket(gap_ms, self.config.num_gap_buckets)
+
+
+def time_bucket(gap_ms: Tensor, num_buckets: int) -> Tensor:
+    """Bucket `floor(log2(1 + seconds))` of each gap, the last one open; a clock that went back counts as no gap.
+
+    Example:
+        >>> time_bucket(torch.tensor([-5, 999, 1000, 3000, 9_000_000]), 4).tolist()
+        [0, 0, 1, 2, 3]
+    """
+    seconds = gap_ms.clamp(min=0).to(torch.float64) / 1000.0
+    bucket = torch.frexp(1.0 + seconds).exponent - 1  # exact at powers of two, where a log2 may round down
+    return bucket.to(torch.int64).clamp(max=num_buckets - 1)
 
 
 def _gaps(times: Tensor, offsets: Tensor) -> Tensor:

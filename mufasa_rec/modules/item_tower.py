@@ -135,7 +135,7 @@ class ItemTower(nn.Module):
         alone = torch.zeros_like(ids)
         for name, multi_valued in self.categoricals.items():
             values = _looked_up(looked_up, f"item.{name}")
-            alone = alone + (_mean_of_lists(values, counts[name]) if multi_valued else values)
+            alone = alone + (mean_of_lists(values, counts[name]) if multi_valued else values)
         if self.content is None or self.head is None:
             nothing = torch.zeros_like(ids)
             has = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
@@ -153,7 +153,7 @@ class ItemTower(nn.Module):
         return (~(drop & has_content[:, None])).to(embedded.dtype)
 
 
-def _mean_of_lists(values: Tensor, counts: Tensor) -> Tensor:
+def mean_of_lists(values: Tensor, counts: Tensor) -> Tensor:
     """Mean of each item's values, `[sum of counts, E]` to `[U, E]`; zero for an item without values."""
     owner = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts, output_size=len(values))
     total = values.new_zeros(len(counts), values.shape[1]).index_add(0, owner, values)
