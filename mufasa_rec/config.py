@@ -74,7 +74,7 @@ class RunConfig:
 
 def save_config(config: RunConfig, folder: paths.Location) -> None:
     """Write `config.yaml` into a run folder."""
-    text = yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
+    text = yaml.safe_dump(as_plain(dataclasses.asdict(config)), sort_keys=False)
     with paths.atomic_write(paths.join(folder, CONFIG_FILE)) as path:
         path.write_text(text)
 
@@ -95,7 +95,7 @@ def load_config(file: paths.Location, base: RunConfig | None = None) -> RunConfi
         raise ValueError(
             f"{file}: holds {type(given).__name__}, not fields; write lines such as `data: {{batch_size: 256}}`."
         )
-    merged = _merged(_plain(dataclasses.asdict(base or RunConfig())), given, str(file), "")
+    merged = merge_fields(as_plain(dataclasses.asdict(base or RunConfig())), given, str(file), "")
     try:
         return dacite.from_dict(RunConfig, merged, dacite.Config(strict=True, cast=[tuple, float]))
     except (dacite.DaciteError, ValueError) as error:
@@ -115,7 +115,9 @@ def refuse_changes(saved: RunConfig, now: RunConfig, folder: paths.Location) -> 
     """
     changed = [
         f"{name} is {old!r} there and {new!r} now"
-        for name, old, new in _differences(_plain(dataclasses.asdict(saved)), _plain(dataclasses.asdict(now)), "")
+        for name, old, new in field_differences(
+            as_plain(dataclasses.asdict(saved)), as_plain(dataclasses.asdict(now)), ""
+        )
         if not any(name == field or name.startswith(f"{field}.") for field in CHANGEABLE)
     ]
     if changed:
@@ -126,18 +128,28 @@ def refuse_changes(saved: RunConfig, now: RunConfig, folder: paths.Location) -> 
         )
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any, Any]]:
-    """Path, old and new value of every field that differs."""
+def field_differences(old: dict[str, Any], new: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any, Any]]:
+    """Path, old and new value of every field in which two configurations differ, both as `as_plain` gives them."""
     for name, value in new.items():
         before = old.get(name)
         if isinstance(value, dict) and isinstance(before, dict):
-            yield from _differences(before, value, f"{prefix}{name}.")
+            yield from field_differences(before, value, f"{prefix}{name}.")
         elif value != before:
             yield f"{prefix}{name}", before, value
 
 
-def _merged(base: dict[str, Any], given: dict[str, Any], file: str, prefix: str) -> dict[str, Any]:
-    """`base` with the fields of `given` in place of its own."""
+def merge_fields(base: dict[str, Any], given: dict[str, Any], file: str, prefix: str) -> dict[str, Any]:
+    """`base` with the fields of `given` in place of its own.
+
+    Args:
+        base: All fields, as `as_plain` gives them.
+        given: Some of them.
+        file: Where they are from, for messages.
+        prefix: Path of `base` in the whole configuration, with a dot behind.
+
+    Raises:
+        ValueError: For an unknown field (with the nearest known one), or a value in place of a group.
+    """
     result = dict(base)
     for name, value in given.items():
         if name not in base:
@@ -147,14 +159,14 @@ def _merged(base: dict[str, Any], given: dict[str, Any], file: str, prefix: str)
         nested = isinstance(base[name], dict)
         if nested and not isinstance(value, dict):
             raise ValueError(f"{file}: {prefix}{name}={value!r} must be a group of fields: {', '.join(base[name])}.")
-        result[name] = _merged(base[name], value, file, f"{prefix}{name}.") if nested else value
+        result[name] = merge_fields(base[name], value, file, f"{prefix}{name}.") if nested else value
     return result
 
 
-def _plain(value: Any) -> Any:
+def as_plain(value: Any) -> Any:
     """Tuples as lists, all the way down: what YAML knows."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: as_plain(item) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
-        return [_plain(item) for item in value]
+        return [as_plain(item) for item in value]
     return value

@@ -11,7 +11,17 @@ from pathlib import Path
 import pytest
 
 from torchx_apps import demo, local_job
-from torchx_apps.demo import MARKER, OUTPUTS, DemoOptions, claim_run_folder, format_table, main, prepare_job
+from torchx_apps.demo import (
+    MARKER,
+    OUTPUTS,
+    DemoOptions,
+    claim_run_folder,
+    format_table,
+    fuse_job,
+    main,
+    prepare_job,
+    train_jobs,
+)
 from torchx_apps.local_job import Job, JobFailedError, Output, readable, run_job
 
 COMPONENTS = Path(__file__).resolve().parent.parent / "components"
@@ -31,7 +41,8 @@ if rank == "0":
     if "--input" in options:
         folder = pathlib.Path(options["--output"])
         folder.mkdir()
-        (folder / "dataset.json").write_text(json.dumps({"content": {"title": {}}}))
+        content = {} if "bare" in os.environ.get("FAKE_DATA", "") else {"title": {}}
+        (folder / "dataset.json").write_text(json.dumps({"content": content, "features": {}}))
     elif "--output" in options:
         rows = [{"row": "model", "hr@10": 0.25, "users": 7}, {"row": "popularity", "hr@10": 0.125, "users": 7}]
         (pathlib.Path(options["--output"]) / "summary.json").write_text(json.dumps(rows))
@@ -152,11 +163,43 @@ def test_demo_runs_its_jobs_and_prints_the_table(tiny_apps: Path, capsys: pytest
     expected = ["--preset", "demo", "--data.dataset", "run/dataset", "--run", "run/model_without_content"]
     assert f"warning: heard {[*expected, '--model.use_content', 'False']}" in printed
     assert "model_without_content=run/model_without_content" in printed
-    assert printed.count("heard") == 4  # One process of each job is shown.
+    assert "'--data.modalities', 'fused', '--run', 'run/model'" in printed
+    assert printed.count("heard") == 5  # One process of each job is shown.
     assert [line.split()[:2] for line in printed.splitlines() if "0.2500" in line] == [["model", "0.2500"]]
     assert sorted(path.name for path in (tiny_apps / "run" / "logs").iterdir()) == [
-        *("evaluate", "prepare", "train", "train_without_content"),
+        *("evaluate", "fuse", "prepare", "train", "train_without_content"),
     ]
+
+
+@pytest.mark.slow
+def test_demo_of_data_without_content_leaves_fuse_out_and_says_so(
+    tiny_apps: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_DATA", "bare")
+    assert main(["--run", "run"]) == 0
+    printed = capsys.readouterr().out
+    assert "fuse is left out: the data has no content vectors" in printed
+    assert "--data.modalities" not in printed
+    assert sorted(path.name for path in (tiny_apps / "run" / "logs").iterdir()) == ["evaluate", "prepare", "train"]
+
+
+def test_fuse_takes_what_the_data_has() -> None:
+    genres = {"genres": {"level": "item"}, "device": {"level": "event"}}
+    job = fuse_job(DemoOptions(), {"content": {"title": {}, "image": {}}, "features": genres})
+    assert job is not None
+    common = ["--dataset", "runs/demo/dataset", "--run", "runs/demo/fusion"]
+    assert job.program_args == ["--preset", "demo", *common]
+    other = fuse_job(DemoOptions(preset="ml-1m"), {"content": {"sound": {}, "image": {}}, "features": {}})
+    assert other is not None
+    assert other.program_args == ["--preset", "default", *common, "--layer.anchor", "image", "--genre", "none"]
+    assert fuse_job(DemoOptions(), {"content": {}, "features": genres}) is None
+
+
+def test_model_reads_the_fused_vectors_alone_and_its_rival_no_content() -> None:
+    model, rival = (job.program_args for job in train_jobs(DemoOptions(), with_content=True))
+    assert model[model.index("--data.modalities") + 1 :][:2] == ["fused", "--run"]
+    assert rival[-2:] == ["--model.use_content", "False"]
+    assert "--data.modalities" not in [*rival, *train_jobs(DemoOptions(), with_content=False)[0].program_args]
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -136,6 +137,11 @@ def test_run_writes_a_generation_that_the_data_set_pins_and_new_items_are_append
     assert (store.rows, store.manifest.normalisation) == (manifest.items.count, "none")
     learned = CollaborativeVectors.load(folder / "collaborative.safetensors")
     assert learned.split == f"{split.id}@{split.hash}"
+    report = json.loads((folder / "report.json").read_text())
+    assert report["alignment"]["chosen together in training"]["fused"] < report["alignment"]["random items"]["fused"]
+    assert {name for name, found in report["movement"].items() if found["mean"] > 0} == {"image", "title"}
+    assert report["neighbours"][0]["item"]["genres"]
+    assert "Neighbours" in (folder / "report.html").read_text()
     # The same items as new ones under other ids: the layer gives them the same vectors.
     data = open_dataset(config)
     names, items = sorted(data.catalog.stores), FusionItems(data.catalog, genres_of(config, data))

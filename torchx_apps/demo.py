@@ -1,9 +1,10 @@
-"""The whole way on one page: prepare, train, evaluate, each a job of 2 processes by `torchx run`, and a table.
+"""The whole way on one page: prepare, fuse, train, evaluate, each a job of 2 processes by `torchx run`, and a table.
 
     python -m torchx_apps.demo [--data FOLDER] [--columns FILE] [--run FOLDER] [--preset NAME] [--task NAME] [--seed N]
 
 `make demo` calls it. Without data it takes a generated catalog, whose oracle (its true distribution) joins the table.
-Where the data set has content vectors, the same model is trained once more without them.
+Where the data set has content vectors, `fuse` makes one of all that an item has, which the model reads, and the same
+model is trained once more without content.
 """
 
 import argparse
@@ -20,6 +21,8 @@ from typing import Any
 
 from mufasa_rec.config import RunConfig
 from mufasa_rec.presets import preset
+from torchx_apps import fuse_config
+from torchx_apps.demo_table import format_table
 from torchx_apps.local_job import Job, JobFailedError, run_job
 
 TASKS = ("retrieval",)
@@ -28,6 +31,7 @@ CREATED_BY = "torchx_apps.demo"
 # All that the demo and its jobs write into the run folder, and so all that it replaces.
 OUTPUTS = (
     "dataset",
+    "fusion",
     "model",
     "model_without_content",
     "logs",
@@ -37,21 +41,7 @@ OUTPUTS = (
     "report.html",
     MARKER,
 )
-ROWS = {
-    "popularity": "popularity",
-    "markov": "first-order Markov",
-    "model_without_content": "model without content",
-    "model": "model",
-    "oracle": "oracle",
-}
-COLUMNS = {
-    "hr@10": "HR@10",
-    "ndcg@10": "NDCG@10",
-    "mrr": "MRR",
-    "coverage": "coverage",
-    "few_hr@10": "few events",
-    "cold_hr@10": "cold",
-}
+FUSED = fuse_config.FuseConfig().output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse_options(argv: Sequence[str] | None) -> DemoOptions:
     """Read the command line; an empty text means the default, as `make` passes variables that are not set."""
     parser = argparse.ArgumentParser(
-        "torchx_apps.demo", description="Prepare, train, evaluate: the whole way with a table."
+        "torchx_apps.demo", description="Prepare, fuse, train, evaluate: the whole way with a table."
     )
     parser.add_argument(
         "--data", default="", help="folder with interactions.*, items.* and vectors (default: generated)"
@@ -174,8 +164,11 @@ def run_demo(options: DemoOptions) -> None:
     what = f"your data in {options.data}" if options.data else f"a generated catalog (seed {options.seed})"
     print(f"mufasa_rec: {options.task} on {what}, preset {options.preset}, into {run}", flush=True)
     seconds = {"prepare": _run(options, prepare_job(options))}
-    with_content = has_content(run / "dataset")
-    for job in [*train_jobs(options, with_content), evaluate_job(options, with_content)]:
+    fuse = fuse_job(options, _read_json(run / "dataset" / "dataset.json"))
+    with_content = fuse is not None
+    if fuse is None:
+        print("\nfuse is left out: the data has no content vectors", flush=True)
+    for job in [*([fuse] if fuse else []), *train_jobs(options, with_content), evaluate_job(options, with_content)]:
         seconds[job.name] = _run(options, job)
     print()
     print(format_table(_read_json(run / "summary.json")))
@@ -196,10 +189,34 @@ def prepare_job(options: DemoOptions) -> Job:
     return Job(name="prepare", component="prepare", program_args=arguments)
 
 
+def fuse_job(options: DemoOptions, dataset: dict[str, Any]) -> Job | None:
+    """Return the job that fuses an item's content vectors into one; None for a data set that has none.
+
+    Args:
+        options: What the command line asks for.
+        dataset: The data set's `dataset.json`.
+    """
+    modalities = sorted(dataset["content"])
+    if not modalities:
+        return None
+    chosen = options.preset if options.preset in fuse_config.PRESETS else "default"
+    arguments = ["--preset", chosen, "--dataset", str(options.run / "dataset"), "--run", str(options.run / "fusion")]
+    if fuse_config.FuseConfig().layer.anchor not in modalities:
+        arguments += ["--layer.anchor", modalities[0]]
+    categoricals = [name for name, feature in dataset["features"].items() if feature["level"] == "item"]
+    if not set(fuse_config.GENRES).intersection(categoricals):
+        arguments += ["--genre", "none"]
+    return Job(name="fuse", component="fuse", program_args=arguments)
+
+
 def train_jobs(options: DemoOptions, with_content: bool) -> list[Job]:
-    """Return the training of the model and, where there is content, of the same model without it."""
+    """Return the training of the model and, where there is content, of the same model without it.
+
+    The model reads the fused vectors alone: that is how its `data.modalities` names them.
+    """
     common = ["--preset", options.preset, "--data.dataset", str(options.run / "dataset")]
-    jobs = [Job(name="train", component="train", program_args=[*common, "--run", str(options.run / "model")])]
+    content = ["--data.modalities", FUSED] if with_content else []
+    jobs = [Job(name="train", component="train", program_args=[*common, *content, "--run", str(options.run / "model")])]
     if with_content:
         arguments = [*common, "--run", str(options.run / "model_without_content"), "--model.use_content", "False"]
         jobs.append(Job(name="train without content", component="train", program_args=arguments))
@@ -214,29 +231,14 @@ def evaluate_job(options: DemoOptions, with_content: bool) -> Job:
     return Job(name="evaluate", component="evaluate", program_args=arguments)
 
 
-def has_content(dataset: Path) -> bool:
-    """Say whether a prepared data set holds content vectors."""
-    return bool(_read_json(dataset / "dataset.json").get("content"))
-
-
-def format_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Lay the rows of summary.json out as a table; a figure that does not exist is a dash."""
-    found = {row["row"]: row for row in rows}
-    users = next((row["users"] for row in rows if row.get("users")), 0)
-    lines = [f"{f'{users:,} users, full catalog':<28}" + "".join(f"{title:>12}" for title in COLUMNS.values())]
-    for name in [*(name for name in ROWS if name in found), *(name for name in found if name not in ROWS)]:
-        lines.append(f"{ROWS.get(name, name):<28}" + "".join(f"{_figure(found[name].get(key)):>12}" for key in COLUMNS))
-    lines.append("few events: HR@10 on targets with at most 5 training events; cold: HR@10 on targets with none")
-    return "\n".join(lines)
-
-
 def format_places(run: Path, with_content: bool) -> str:
     """Say where things lie."""
     models = [run / "model", *([run / "model_without_content"] if with_content else [])]
+    reports = [run / "report.html", *([run / "fusion" / "report.html"] if with_content else [])]
     places = {
         "run folder": str(run),
         "TensorBoard": "tensorboard --logdir " + str(run) + f"   ({', '.join(str(m / 'tensorboard') for m in models)})",
-        "report": str(run / "report.html"),
+        "reports" if with_content else "report": ", ".join(str(report) for report in reports),
         "logs": str(run / "logs"),
     }
     return "\n".join(f"{name:<13}{place}" for name, place in places.items())
@@ -249,10 +251,6 @@ def _run(options: DemoOptions, job: Job) -> float:
     seconds = run_job(job, options.run / "logs" / job.name.replace(" ", "_"), threads)
     print(f"    ({seconds:.0f} s)", flush=True)
     return seconds
-
-
-def _figure(value: float | None) -> str:
-    return "–" if value is None or value != value else f"{value:.4f}"
 
 
 def _is_marker(path: Path) -> bool:

@@ -1,6 +1,6 @@
 """Train the multimodal fusion layer on a prepared data set, and write a fused vector for every item of the catalog.
 
-    python -m torchx_apps.fuse --dataset DATASET --run RUN [--trainer.epochs 50 ...]
+    python -m torchx_apps.fuse [--preset NAME] --dataset DATASET --run RUN [--trainer.epochs 50 ...]
     python -m torchx_apps.fuse --run RUN
     python -m torchx_apps.fuse --run RUN --items new.parquet
 
@@ -28,6 +28,7 @@ from mufasa_rec.distributed.agreement import on_all_ranks
 from mufasa_rec.distributed.collectives import RankExchange
 from mufasa_rec.distributed.env import DistributedEnv, distributed
 from mufasa_rec.training.checkpoint_manifest import Manifest
+from mufasa_rec.training.fusion_file import LAYER_FILE, TrainedLayer
 from mufasa_rec.training.fusion_items import FusionItems
 from mufasa_rec.training.fusion_trainer import FusionSurroundings, FusionTrainer, NoTables
 from mufasa_rec.training.optim import TrainOptimizer
@@ -35,9 +36,9 @@ from mufasa_rec.training.saver import Saver
 from mufasa_rec.training.tracker import Tracker
 from mufasa_rec.versions import code_versions
 from torchx_apps import fuse_assembly as assembly
-from torchx_apps import fuse_catalog, run_folder
+from torchx_apps import fuse_catalog, fuse_report, run_folder
 from torchx_apps.assembly import OpenDataset
-from torchx_apps.fuse_config import FuseConfig, load_config, refuse_changes, save_config
+from torchx_apps.fuse_config import PRESETS, FuseConfig, load_config, preset, refuse_changes, save_config
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("-h", "--help", action="store_true", help="show this, and every field of the configuration")
     parser.add_argument("--run", metavar="FOLDER", help="run folder to write, or to continue the run that it holds")
+    parser.add_argument("--preset", metavar="NAME", help=f"start from one of {', '.join(PRESETS)}")
     parser.add_argument("--config", metavar="FILE", help="a YAML file with some or all fields of the configuration")
     parser.add_argument("--items", metavar="FILE", help="Parquet file of new items to encode with a trained run")
     try:
@@ -76,7 +78,8 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple
     file = run_folder.saved_config(options.run)
     if options.items and not file:
         raise ValueError(f"--run {options.run}: holds no trained run; --items needs one.")
-    config = load_config(file) if file and not options.config else FuseConfig()
+    named = options.preset or options.config
+    config = load_config(file) if file and not named else preset(options.preset or "default")
     if options.config:
         config = load_config(options.config, config)
     return options, tyro.cli(FuseConfig, args=rest, default=config, prog="fuse", config=(tyro.conf.FlagConversionOff,))
@@ -156,8 +159,12 @@ def _fuse(
         trainer.restore(newest)
         logger.info("continues from checkpoint %s, written by %d ranks", newest.name, newest.world_size)
     result = trainer.fit()
+    result["threshold"] = threshold
     result["fused"] = fuse_catalog.encode_all(config, folder, items, module, data, exchange)
     if env.is_main:
+        about = (assembly.genre_name(config, data), run_folder.dataset_facts(data))
+        TrainedLayer.of(module.layer, *about).save(folder / LAYER_FILE)
+        fuse_report.write_report(config, folder, items, module.layer, data, result)
         with paths.atomic_write(folder / "summary.json") as path:
             path.write_text(json.dumps(result, indent=2))
         logger.info("done: best loss on held-out items %.4f at step %d; run folder %s",

@@ -35,12 +35,11 @@ from mufasa_rec.training.fusion_items import FusionItems, mine_neighbours, title
 from mufasa_rec.training.table_sources import open_source
 from torchx_apps import tables
 from torchx_apps.assembly import OpenDataset
-from torchx_apps.fuse_config import FuseConfig
+from torchx_apps.fuse_config import GENRES, FuseConfig
 
 logger = logging.getLogger(__name__)
 PAIRS_FILE, VECTORS_FILE = "pairs.safetensors", "collaborative.safetensors"
 VECTOR_FILES = (".npy", ".npz", ".parquet", ".safetensors")
-GENRES = ("genres", "genre", "categories", "category", "format")
 
 
 def open_dataset(config: FuseConfig) -> OpenDataset:

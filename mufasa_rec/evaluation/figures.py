@@ -17,27 +17,27 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-# Any distinct colours do: `_to_svg` replaces each by `var(--<name>)`. The page defines the variables.
-_PLACEHOLDERS = {
+# Any distinct colours do: `to_svg` replaces each by `var(--<name>)`. The page defines the variables.
+COLOURS = {
     name: f"#fe{number:02x}dc"
     for number, name in enumerate(
         ["ink", "muted", "line", "bar", "popularity", "markov", "model", "model-without-content", "oracle", "other"]
     )
 }
-_STYLE = {
+STYLE = {
     "svg.fonttype": "none",
     "text.parse_math": False,
     "font.size": 10.5,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.edgecolor": _PLACEHOLDERS["line"],
-    "axes.labelcolor": _PLACEHOLDERS["muted"],
-    "text.color": _PLACEHOLDERS["ink"],
-    "xtick.color": _PLACEHOLDERS["line"],
-    "ytick.color": _PLACEHOLDERS["line"],
-    "xtick.labelcolor": _PLACEHOLDERS["muted"],
-    "ytick.labelcolor": _PLACEHOLDERS["muted"],
-    "grid.color": _PLACEHOLDERS["line"],
+    "axes.edgecolor": COLOURS["line"],
+    "axes.labelcolor": COLOURS["muted"],
+    "text.color": COLOURS["ink"],
+    "xtick.color": COLOURS["line"],
+    "ytick.color": COLOURS["line"],
+    "xtick.labelcolor": COLOURS["muted"],
+    "ytick.labelcolor": COLOURS["muted"],
+    "grid.color": COLOURS["line"],
     "grid.linewidth": 0.6,
     "lines.solid_capstyle": "round",
 }
@@ -69,10 +69,10 @@ class Curve:
 def colour_of(row: str) -> str:
     """Name of a row's colour."""
     name = row.replace("_", "-")
-    return name if name in _PLACEHOLDERS else "other"
+    return name if name in COLOURS else "other"
 
 
-@mpl.rc_context(_STYLE)
+@mpl.rc_context(STYLE)
 def metric_bars(bars: Sequence[Bar], description: str) -> Markup:
     """Horizontal bars with whiskers for the intervals.
 
@@ -83,27 +83,27 @@ def metric_bars(bars: Sequence[Bar], description: str) -> Markup:
     Returns:
         The figure.
     """
-    figure, axes = _figure(0.45 + 0.42 * len(bars))
+    figure, axes = new_figure(0.45 + 0.42 * len(bars))
     ends = [bar.value if bar.high is None else bar.high for bar in bars]
     reach = max([*ends, 1e-6])
     for place, (bar, end) in enumerate(zip(bars, ends, strict=True)):
-        colour = _PLACEHOLDERS[bar.colour]
+        colour = COLOURS[bar.colour]
         axes.barh(place, bar.value, height=0.62, color=colour, linewidth=0)
         if bar.low is not None and bar.high is not None:
-            axes.plot([bar.low, bar.high], [place, place], color=_PLACEHOLDERS["ink"], linewidth=1.4)
+            axes.plot([bar.low, bar.high], [place, place], color=COLOURS["ink"], linewidth=1.4)
         weight = "bold" if bar.colour == "model" else "normal"
         axes.text(end + 0.02 * reach, place, f"{bar.value:.4f}", va="center", fontweight=weight)
-    axes.set_yticks(range(len(bars)), [_clipped(bar.label) for bar in bars])
-    axes.tick_params(axis="y", length=0, labelcolor=_PLACEHOLDERS["ink"])
+    axes.set_yticks(range(len(bars)), [clipped(bar.label) for bar in bars])
+    axes.tick_params(axis="y", length=0, labelcolor=COLOURS["ink"])
     axes.set_xlim(0, 1.2 * reach)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.invert_yaxis()
     axes.spines["left"].set_visible(False)
     axes.grid(axis="x")
-    return _to_svg(figure, description)
+    return to_svg(figure, description)
 
 
-@mpl.rc_context(_STYLE)
+@mpl.rc_context(STYLE)
 def learning_curves(curves: Sequence[Curve], description: str, *, smooth: bool = False) -> Markup:
     """Lines over training steps.
 
@@ -115,29 +115,29 @@ def learning_curves(curves: Sequence[Curve], description: str, *, smooth: bool =
     Returns:
         The figure.
     """
-    figure, axes = _figure(2.7)
+    figure, axes = new_figure(2.7)
     for curve in curves:
-        colour = _PLACEHOLDERS[curve.colour]
+        colour = COLOURS[curve.colour]
         if smooth and len(curve.x) > 1:
             axes.plot(curve.x, curve.y, color=colour, linewidth=0.8, alpha=0.35)
-            axes.plot(curve.x, _moving_average(curve.y), color=colour, linewidth=1.8, label=_clipped(curve.label))
+            axes.plot(curve.x, _moving_average(curve.y), color=colour, linewidth=1.8, label=clipped(curve.label))
         else:
             best = max(range(len(curve.y)), key=lambda place: curve.y[place])
-            name = _clipped(curve.label)
+            name = clipped(curve.label)
             label = name if smooth else f"{name}: best {curve.y[best]:.4f}"
             axes.plot(curve.x, curve.y, color=colour, linewidth=1.8, marker="o", markersize=2.5, label=label)
             axes.plot(curve.x[best], curve.y[best], color=colour, marker="o", markersize=6)
     axes.set_xlabel("training step")
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
     axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.grid(axis="y")
     if len(curves) > 1 or not smooth:
-        axes.legend(frameon=False, loc="best", labelcolor=_PLACEHOLDERS["ink"], handlelength=1.2)
-    return _to_svg(figure, description)
+        axes.legend(frameon=False, loc="best", labelcolor=COLOURS["ink"], handlelength=1.2)
+    return to_svg(figure, description)
 
 
-@mpl.rc_context(_STYLE)
+@mpl.rc_context(STYLE)
 def slice_dots(slices: Mapping[str, Sequence[Bar]], description: str) -> Markup:
     """One line for each slice of the users, one dot on it for each row.
 
@@ -148,19 +148,19 @@ def slice_dots(slices: Mapping[str, Sequence[Bar]], description: str) -> Markup:
     Returns:
         The figure.
     """
-    figure, axes = _figure(0.9 + 0.44 * len(slices))
+    figure, axes = new_figure(0.9 + 0.44 * len(slices))
     seen: set[str] = set()
     for place, bars in enumerate(slices.values()):
         values = [bar.value for bar in bars]
         if values:
-            axes.plot([min(values), max(values)], [place, place], color=_PLACEHOLDERS["line"], linewidth=2.5, zorder=1)
+            axes.plot([min(values), max(values)], [place, place], color=COLOURS["line"], linewidth=2.5, zorder=1)
         for bar in bars:
-            label = None if bar.label in seen else _clipped(bar.label)
+            label = None if bar.label in seen else clipped(bar.label)
             seen.add(bar.label)
             size = 60 if bar.colour == "model" else 38
-            axes.scatter(bar.value, place, size, color=_PLACEHOLDERS[bar.colour], label=label, zorder=2, linewidth=0)
-    axes.set_yticks(range(len(slices)), [_clipped(label) for label in slices])
-    axes.tick_params(axis="y", length=0, labelcolor=_PLACEHOLDERS["ink"])
+            axes.scatter(bar.value, place, size, color=COLOURS[bar.colour], label=label, zorder=2, linewidth=0)
+    axes.set_yticks(range(len(slices)), [clipped(label) for label in slices])
+    axes.tick_params(axis="y", length=0, labelcolor=COLOURS["ink"])
     axes.set_ylim(len(slices) - 0.5, -0.5)
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(5))
@@ -168,10 +168,10 @@ def slice_dots(slices: Mapping[str, Sequence[Bar]], description: str) -> Markup:
     axes.grid(axis="x")
     columns = 2 if len(seen) in (2, 4) else 3
     figure.legend(loc="outside upper left", ncols=columns, frameon=False, handletextpad=0.1, columnspacing=1.2)
-    return _to_svg(figure, description)
+    return to_svg(figure, description)
 
 
-@mpl.rc_context(_STYLE)
+@mpl.rc_context(STYLE)
 def histogram(edges: Sequence[float], counts: Sequence[int], x_label: str, description: str) -> Markup:
     """Bars of equal width for the given bins, whatever their edges; so geometric bins read like a log axis.
 
@@ -184,21 +184,21 @@ def histogram(edges: Sequence[float], counts: Sequence[int], x_label: str, descr
     Returns:
         The figure.
     """
-    figure, axes = _figure(2.4)
-    axes.bar(range(len(counts)), counts, width=0.9, align="edge", color=_PLACEHOLDERS["bar"], linewidth=0)
+    figure, axes = new_figure(2.4)
+    axes.bar(range(len(counts)), counts, width=0.9, align="edge", color=COLOURS["bar"], linewidth=0)
     stride = max(1, -(-len(edges) // 8))
     places = list(range(0, len(edges), stride))
-    axes.set_xticks([place - 0.05 for place in places], [_short(edges[place]) for place in places])
+    axes.set_xticks([place - 0.05 for place in places], [short(edges[place]) for place in places])
     axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
     axes.set_xlabel(x_label)
     axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="y")
-    return _to_svg(figure, description)
+    return to_svg(figure, description)
 
 
-def _figure(height: float) -> tuple[Figure, Axes]:
+def new_figure(height: float) -> tuple[Figure, Axes]:
     """An empty figure of the common width."""
     figure = Figure(figsize=(_WIDTH, height), layout="constrained")
     axes = figure.add_subplot()
@@ -206,7 +206,7 @@ def _figure(height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _clipped(label: str) -> str:
+def clipped(label: str) -> str:
     """A label that leaves room for the drawing."""
     return label if len(label) <= _MAX_LABEL else label[: _MAX_LABEL - 1] + "…"
 
@@ -227,11 +227,11 @@ def _moving_average(values: Sequence[float]) -> list[float]:
     return averages
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
     """A number in at most four characters or so: 950, 1.5k, 20k, 3M.
 
     Example:
-        >>> [_short(value) for value in (0.5, 950, 1500, 20_000, 3e6)]
+        >>> [short(value) for value in (0.5, 950, 1500, 20_000, 3e6)]
         ['0.5', '950', '1.5k', '20k', '3M']
     """
     for size, unit in ((1e6, "M"), (1e3, "k")):
@@ -240,7 +240,7 @@ def _short(value: float) -> str:
     return f"{value:.3g}"
 
 
-def _to_svg(figure: Figure, description: str) -> Markup:
+def to_svg(figure: Figure, description: str) -> Markup:
     """Renders a figure as an element of an HTML page."""
     text = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": description}):
@@ -255,6 +255,6 @@ def _to_svg(figure: Figure, description: str) -> Markup:
     svg = re.sub(r"<svg[^>]*>", lambda _: head, svg, count=1)
     svg = svg.replace("xlink:href", "href")
     svg = re.sub(r'font-family: [^;"]*', "font-family: var(--sans)", svg)
-    for name, placeholder in _PLACEHOLDERS.items():
+    for name, placeholder in COLOURS.items():
         svg = svg.replace(placeholder, f"var(--{name})")
     return Markup(svg)  # matplotlib and the line above have escaped every text

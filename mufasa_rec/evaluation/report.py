@@ -35,9 +35,9 @@ def write_report(evaluation_json_path: str | Path, run_folders: Mapping[str, str
     """
     evaluation = _read_json(str(evaluation_json_path))
     rows = parts.ordered(evaluation["rows"])
-    runs = {name: _read_metrics(paths.join(str(folder), "metrics.jsonl")) for name, folder in run_folders.items()}
+    runs = {name: read_metrics(paths.join(str(folder), "metrics.jsonl")) for name, folder in run_folders.items()}
     page = (
-        _environment()
+        environment()
         .get_template("report.html.j2")
         .render(
             dataset=evaluation["dataset"],
@@ -59,7 +59,8 @@ def write_report(evaluation_json_path: str | Path, run_folders: Mapping[str, str
     logger.info("report: %s", output)
 
 
-def _environment() -> jinja2.Environment:
+def environment() -> jinja2.Environment:
+    """Where the reports' templates lie, and how they write numbers."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -85,7 +86,7 @@ def _read_json(url: str) -> dict[str, Any]:
     return evaluation
 
 
-def _read_metrics(url: str) -> list[dict[str, Any]]:
+def read_metrics(url: str) -> list[dict[str, Any]]:
     """The lines of a run's `metrics.jsonl`; empty without one. A last line cut off by a kill is left out."""
     if not paths.exists(url):
         logger.warning("report: %s is missing, its learning curves are left out", url)
