@@ -14,6 +14,7 @@ import numpy as np
 from safetensors import safe_open
 
 from mufasa_rec.data import paths
+from mufasa_rec.data.check_requests import check_requests_file
 from mufasa_rec.data.check_tables import EventFile, check_event_file, check_list_file, check_rows_file
 from mufasa_rec.data.content import ContentStore
 from mufasa_rec.data.event_files import file_hash
@@ -185,11 +186,18 @@ def _check_part(
             name = url.rsplit("/", 1)[1]
             place = f"splits/{ref.id}/{part}/{partition}/{name}"
             say = lambda message, place=place: check.add(place, message)  # noqa: E731
-            if ref.layout == "lists":
-                size = check_list_file(url, manifest, items, say)
-            elif name not in events[partition]:
+            if ref.layout == "references" and name not in events[partition]:
                 say(f"there is no events file events/{partition}/{name}; rows lie in files named as their events")
                 continue
+            if ref.rows == "requests":
+                if manifest.impressions is None:
+                    say(f"rows are requests, but {DATASET_FILE} says nothing of impressions; prepare again")
+                    continue
+                file = None if ref.layout == "lists" else events[partition][name]
+                events_url = None if file is None else paths.join(check.url, "events", partition, name)
+                size = check_requests_file(url, events_url, file, manifest.impressions, items, say)
+            elif ref.layout == "lists":
+                size = check_list_file(url, manifest, items, say)
             else:
                 size = check_rows_file(url, events[partition][name], say, ends, training=part == "train")
             rows, targets = rows + size[0], targets + size[1]

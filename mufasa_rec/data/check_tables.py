@@ -96,7 +96,7 @@ def _users(table: pa.Table, say: Say) -> np.ndarray:
 def _check_lists(table: pa.Table, manifest: DatasetManifest, items: ItemStore | None, say: Say) -> np.ndarray:
     """Checks the list columns of one row group; returns the length of each row's lists, int64 `[rows]`."""
     lengths = pc.list_value_length(flat(table[raw.ITEM])).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
-    if (lengths == 0).any():
+    if (lengths == 0).any() and manifest.impressions is None:
         say(f"{int((lengths == 0).sum())} rows have no event; drop them")
     for name in _expected_columns(manifest):
         column = flat(table[name])

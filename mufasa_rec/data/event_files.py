@@ -66,12 +66,18 @@ class Bucket:
     bounds: np.ndarray
 
 
-def plan_buckets(log: EventLog, buckets: int, targets_per_row: int) -> list[Bucket]:
+def plan_buckets(log: EventLog, buckets: int, targets_per_row: int, rows: np.ndarray | None = None) -> list[Bucket]:
     """Deals users to buckets and each bucket to row groups of about equal training work.
 
     There are at least four groups per virtual reader over all buckets where there are as many users, a group has at
     most 262,144 events (or one user), and no group is empty. Work is counted in training rows, because every batch
     takes the same number of rows from each reader.
+
+    Args:
+        log: The events.
+        buckets: Number of buckets.
+        targets_per_row: Most targets of a training row.
+        rows: Rows of each user, `[U]`, where they are not made from targets.
     """
     number = bucket_of(log.users, buckets)
     plan = []
@@ -79,7 +85,7 @@ def plan_buckets(log: EventLog, buckets: int, targets_per_row: int) -> list[Buck
         users = np.flatnonzero(number == bucket)
         events = log.lengths[users]
         groups = max(-(-READERS * GROUPS_PER_READER // buckets), -(-int(events.sum()) // MAX_GROUP_EVENTS))
-        work = np.maximum(1, -(-events // targets_per_row))
+        work = np.maximum(1, -(-events // targets_per_row) if rows is None else rows[users])
         plan.append(Bucket(users, _split_large(_equal_bounds(work, min(groups, users.size)), events)))
     return plan
 

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from mufasa_rec.data import paths, raw, statistics
 from mufasa_rec.data.catalog import Catalog, build_catalog, numeric_ids, same_id_type
 from mufasa_rec.data.content import ContentStore, coverage
-from mufasa_rec.data.event_files import PARTITION, default_buckets, plan_buckets, write_events, write_rows
+from mufasa_rec.data.event_files import PARTITION, Bucket, default_buckets, plan_buckets, write_events, write_rows
 from mufasa_rec.data.events import TIE_RULE, EventLog, build_events, drop_nulls
 from mufasa_rec.data.importers import read_source
 from mufasa_rec.data.importers.values import flat, is_text
@@ -42,6 +42,7 @@ from mufasa_rec.data.splits import Split, training_counts
 
 logger = logging.getLogger(__name__)
 GENERATION = "1"
+ORACLE_FILE = "oracle.safetensors"
 CREATED_BY = "mufasa_rec.prepare 1"
 MASK_SEEN_LIMIT = 0.01  # above this share of repeats among targets, seen items are not masked by default
 
@@ -69,7 +70,8 @@ class Preparation:
         self.manifests: dict[str, SplitManifest] = {}
         self.dropped: dict[str, int] = {}
         self.not_made: dict[str, str] = {}
-        self.item_checksum = ""
+        self.item_checksum = self.events_hash = ""
+        self.plan: list[Bucket] = []
         self.training_counts = self.test_counts = np.zeros(0, np.int64)  # events and targets per item
 
     def begin(self) -> Shared:
@@ -110,7 +112,7 @@ class Preparation:
         )
         if items is not None:
             items = items.set_column(items.column_names.index(raw.ITEM_ID), raw.ITEM_ID, file_items)
-        self.catalog = build_catalog(items, event_items.unique(), config.unknown_items)
+        self.catalog = build_catalog(items, self._item_ids(event_items), config.unknown_items)
         self.dropped |= self.catalog.dropped
         users, item_ids = numeric_ids(flat(events[raw.USER])), numeric_ids(event_items)
         events, users, item_ids = self._without_unknown(events, users, item_ids)
@@ -126,7 +128,19 @@ class Preparation:
         clash = sorted(set(self.log.columns) & set(self.catalog.categoricals))
         if clash:
             raise ValueError(f"{clash[0]!r} is a categorical of events and of items; rename one of the columns")
-        self.splits, self.not_made = make_splits(config.split, self.log, config.columns.timezone)
+        self._split()
+
+    def _item_ids(self, event_items: pa.Array) -> pa.Array:
+        """Distinct ids of the items that the source speaks of, in the type of the events'."""
+        return event_items.unique()
+
+    def _split(self) -> None:
+        """Makes the splits that were asked for or that the data allows."""
+        self.splits, self.not_made = make_splits(self.config.split, self.log, self.config.columns.timezone)
+
+    def _plan(self) -> list[Bucket]:
+        """Which users share a file and a row group."""
+        return plan_buckets(self.log, self.buckets, self.config.split.targets_per_row)
 
     def _without_unknown(
         self, events: pa.Table, users: np.ndarray, items: np.ndarray
@@ -147,8 +161,8 @@ class Preparation:
         config, folder = self.config, self.folder
         for vocabulary in self.log.vocabularies.values():
             vocabulary.save(str(folder))
-        plan = plan_buckets(self.log, self.buckets, config.split.targets_per_row)
-        events_hash = files_hash(write_events(folder, self.log, plan))
+        self.plan = plan = self._plan()
+        self.events_hash = events_hash = files_hash(write_events(folder, self.log, plan))
         item_rows = np.searchsorted(self.catalog.ids, self.log.item)
         for split in self.splits:
             files: dict[str, str] = {}
@@ -174,9 +188,7 @@ class Preparation:
             logger.info("split %s: %s", split.id, {part: rows.user.size for part, rows in split.parts.items()})
         if self.raw.oracle is not None and "leave_one_out" in self.manifests:
             carried = _carried(self.manifests["leave_one_out"])
-            save_file(
-                {k: np.ascontiguousarray(v) for k, v in self.raw.oracle.items()}, folder / "oracle.safetensors", carried
-            )
+            save_file({k: np.ascontiguousarray(v) for k, v in self.raw.oracle.items()}, folder / ORACLE_FILE, carried)
 
     @property
     def buckets(self) -> int:

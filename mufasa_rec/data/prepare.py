@@ -14,6 +14,7 @@ from typing import Any
 from mufasa_rec.data.content_writer import write_content
 from mufasa_rec.data.preparation import GENERATION, Preparation, Shared
 from mufasa_rec.data.prepare_config import PrepareConfig
+from mufasa_rec.data.prepare_impressions import ImpressionsPreparation
 from mufasa_rec.data.prepare_rows import RowsPreparation
 from mufasa_rec.data.ranks import Ranks
 from mufasa_rec.data.schema import DatasetManifest
@@ -39,7 +40,7 @@ def prepare(config: PrepareConfig, ranks: Ranks | None = None) -> DatasetManifes
     """
     ranks = ranks or Ranks()
     with ExitStack() as stack:
-        lead = (RowsPreparation if config.layout == "rows" else Preparation)(config, stack)
+        lead = (RowsPreparation if config.layout == "rows" else ImpressionsPreparation)(config, stack)
         shared = ranks.first(lead.begin)
         names = [name for k, name in enumerate(sorted(shared.vectors)) if (k + 1) % ranks.size == ranks.rank]
         written = ranks.together(lambda: _work(config, lead, shared, names, ranks.rank))

@@ -26,6 +26,7 @@ def report_text(manifest: DatasetManifest, report: dict[str, Any]) -> str:
         _section("Not used", _not_used(report["ignored"])),
         _section("Dropped", _dropped(report)),
         _section("Splits", _splits(report)),
+        _section("Impressions", _impressions(report)),
         _section("Content vectors", _content(manifest)),
         _section("Features", _features(manifest)),
     ]
@@ -106,17 +107,39 @@ def _splits(report: dict[str, Any]) -> list[str]:
     lines = []
     for name, split in report["splits"].items():
         parts = split["parts"]
+        rows = "requests" if split["policy"] == "impressions" else "users"
         borders = {
             what: datetime.fromtimestamp(ms / 1000, timezone.utc).strftime("%Y-%m-%d %H:%M")
             for what, ms in split["borders"].items()
         }
         lines.append(
             f"{name:<14} train {parts['train']['targets']:,} targets in {parts['train']['rows']:,} rows, validation "
-            f"{parts['validation']['rows']:,} users, test {parts['test']['rows']:,} users  [{split['hash'][:8]}]"
+            f"{parts['validation']['rows']:,} {rows}, test {parts['test']['rows']:,} {rows}  [{split['hash'][:8]}]"
         )
         if borders:
             lines.append(f"{'':<14} {', '.join(f'{what} from {when} UTC' for what, when in borders.items())}")
     return lines + [f"{name:<14} not made: {reason}" for name, reason in report["splits_not_made"].items()]
+
+
+def _impressions(report: dict[str, Any]) -> list[str]:
+    found = report.get("impressions")
+    if not found:
+        return []
+    lines = [
+        f"{found['impressions']:,} in {found['requests']:,} requests, {report['history_length_mean']:.1f} events "
+        "strictly before each",
+        *(f"{task:<14} {rate:.1%} of the training impressions" for task, rate in found["rates"].items()),
+    ]
+    context = [f"context.{name} ({size:,} values)" for name, size in found["context"].items()]
+    columns = [*context, *(f"dense.{name}" for name in found["dense"])]
+    if columns:
+        lines.append(", ".join(columns))
+    if found["negative_rate"] < 1:
+        lines.append(f"the source kept {found['negative_rate']:.2%} of its negatives: training corrects for it")
+    oracle = report["notes"].get("synthetic", {}).get("oracle_auc")
+    if oracle is not None:
+        lines.append(f"oracle         AUC {oracle:.4f} over all impressions, by the true probabilities")
+    return lines
 
 
 def _content(manifest: DatasetManifest) -> list[str]:

@@ -27,6 +27,39 @@ EVENT_COLUMNS = (USER, ITEM, TIMESTAMP, POSITION, ACTION, WEIGHT, LABEL)
 ITEM_ID, TITLE, AVAILABLE_FROM, AVAILABLE_TO = "item", "title", "available_from", "available_to"
 ITEM_COLUMNS = (ITEM_ID, TITLE, AVAILABLE_FROM, AVAILABLE_TO)
 
+# Column names of the impressions table; beside them `label.<task>`, `context.<name>`, `dense.<name>`.
+REQUEST, HISTORY_ITEM, HISTORY_TIME = "request", "history_item", "history_timestamp"
+LABEL_PREFIX, CONTEXT_PREFIX, DENSE_PREFIX = "label.", "context.", "dense."
+
+
+@dataclass(frozen=True, kw_only=True)
+class RawImpressions:
+    """Impressions of a source in canonical form.
+
+    Attributes:
+        table: One row per impression. Columns: ``user``, ``item`` (int64 or string), ``timestamp`` (int64 milliseconds
+            UTC); ``label.<task>`` (float) for each task; optional ``request`` (int64 or string; without it user and
+            time make a request), ``weight`` (float), ``context.<name>`` (categorical), ``dense.<name>`` (float), and an
+            own history: ``history_item`` (list of ids, oldest first), ``history_timestamp`` (list of milliseconds).
+        negative_rate: Share of its negatives that the source kept.
+        are_events: Whether the events of the source are impressions of this table.
+        oracle: Of a generated source the true probability of the first task, float64 `[n]`.
+    """
+
+    table: pa.Table
+    negative_rate: float = 1.0
+    are_events: bool = False
+    oracle: np.ndarray | None = None
+
+    def names(self, prefix: str) -> tuple[str, ...]:
+        """Names of the columns with a prefix, without it."""
+        return tuple(name.removeprefix(prefix) for name in self.table.column_names if name.startswith(prefix))
+
+    @property
+    def own_history(self) -> bool:
+        """Whether every impression brings its own history."""
+        return HISTORY_ITEM in self.table.column_names
+
 
 @dataclass(frozen=True, kw_only=True)
 class RawData:
@@ -47,6 +80,7 @@ class RawData:
         ignored: Source columns that were not used, with the reason.
         dropped: Events that the importer already dropped, by reason.
         fingerprint: Hash of the source; a data set made from the same source may be replaced.
+        impressions: Items that were shown, with labels; None for data without.
         oracle: Of a generated source, what the true distribution says of each user's last event: ``user`` int64 `[u]`,
             ``rank`` float64 `[u]`, ``top`` int64 `[u, k]` item ids.
         notes: Anything JSON that should be kept in ``report.json`` (a generator's parameters).
@@ -62,5 +96,6 @@ class RawData:
     ignored: dict[str, str] = field(default_factory=dict)
     dropped: dict[str, int] = field(default_factory=dict)
     fingerprint: str = ""
+    impressions: RawImpressions | None = None
     oracle: dict[str, np.ndarray] | None = None
     notes: dict[str, Any] = field(default_factory=dict)

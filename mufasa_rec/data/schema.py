@@ -80,6 +80,30 @@ class SplitRef:
     id: str
     hash: str
     layout: Literal["references", "lists"] = "references"
+    rows: Literal["targets", "requests"] = "targets"  # next events to predict, or impressions with labels
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseInfo:
+    """A number of each impression, as the training part has it: what it is standardised with."""
+
+    mean: float
+    std: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImpressionsInfo:
+    """What is known of impressions: items that were shown in requests, and what came of it."""
+
+    tasks: list[str]
+    requests: int
+    impressions: int
+    users: int  # with training impressions
+    rates: dict[str, float]  # share of positive labels in the training part, by task
+    context: dict[str, int] = field(default_factory=dict)  # distinct values; codes are 1..n, 0 is missing
+    dense: dict[str, DenseInfo] = field(default_factory=dict)
+    weighted: bool = False  # whether impressions have a weight in the loss
+    negative_rate: float = 1.0  # share of its negatives that the source kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +119,7 @@ class SplitManifest:
     """``split.json``: how a split was made, and what it was made from."""
 
     id: str
-    policy: Literal["leave_one_out", "time", "external"]
+    policy: Literal["leave_one_out", "time", "external", "impressions"]
     hash: str  # sha256 over policy, borders and row files
     events_hash: str  # sha256 over the event files; empty when rows carry their own lists
     parts: dict[str, PartInfo]
@@ -131,6 +155,7 @@ class DatasetManifest:
     tie_rule: str
     repeat_share: float
     mask_seen_default: bool
+    impressions: ImpressionsInfo | None = None
     statistics: dict[str, Any] = field(default_factory=dict)
 
     @classmethod

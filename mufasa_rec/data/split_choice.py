@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pyarrow as pa
 
 from mufasa_rec.data.events import EventLog
@@ -94,16 +95,20 @@ def _add_time_split(
     not_made: dict[str, str],
 ) -> None:
     assert log.timestamp is not None
-    if config.validation_from is not None and config.test_from is not None:
-        borders = _border(config.validation_from, timezone), _border(config.test_from, timezone)
-    else:
-        borders = time_borders(log.timestamp, config.validation_share, config.test_share)
+    borders = borders_in_time(config, log.timestamp, timezone)
     try:
         splits.append(time_split(log.offsets, log.timestamp, borders, config.targets_per_row))
     except ValueError as error:
         if by_name:
             raise
         not_made["time"] = str(error)
+
+
+def borders_in_time(config: SplitConfig, times: np.ndarray, timezone: str | None) -> tuple[int, int]:
+    """Validation and test border in milliseconds UTC: as asked for, or quantiles of `times [n]`."""
+    if config.validation_from is not None and config.test_from is not None:
+        return _border(config.validation_from, timezone), _border(config.test_from, timezone)
+    return time_borders(times, config.validation_share, config.test_share)
 
 
 def _border(text: str, timezone: str | None) -> int:

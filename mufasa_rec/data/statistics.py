@@ -41,7 +41,7 @@ def target_events(rows: Rows, log: EventLog) -> np.ndarray:
 def repeat_share(log: EventLog, repeated: np.ndarray) -> float:
     """Share of possible targets (every event but a user's first) that are repeats."""
     first = np.zeros(log.item.size, bool)
-    first[log.offsets[:-1]] = True
+    first[log.offsets[:-1][log.lengths > 0]] = True
     targets = int((~first).sum())
     return float(repeated[~first].sum() / targets) if targets else 0.0
 

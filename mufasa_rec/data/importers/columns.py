@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar
 
 from mufasa_rec.data import paths
+from mufasa_rec.data.importers.impression_columns import ImpressionsConfig
 from mufasa_rec.data.manifest_json import from_json, load_json
 
 COLUMNS_FILE = "columns.json"
+T = TypeVar("T", "ColumnsConfig", ImpressionsConfig)
 
 # Names are compared in lower case without underscores, hyphens and blanks; earlier ones are preferred.
 _USER = ("user", "userid", "uid", "customer", "customerid", "visitorid", "memberid")
@@ -57,6 +59,7 @@ class ColumnsConfig:
         timezone: Zone of times that are written without one, such as Europe/London; numeric times are always UTC.
         drop_items: Column of the items file to a regular expression; items where it matches the whole value are dropped
             with their events (``{"stock_code": "POST|M|DOT"}``).
+        impressions: What the columns of impressions mean, for data with labels.
     """
 
     user: str | None = None
@@ -77,6 +80,7 @@ class ColumnsConfig:
     time_unit: Literal["auto", "s", "ms", "us", "ns", "iso"] = "auto"
     timezone: str | None = None
     drop_items: dict[str, str] = field(default_factory=dict)
+    impressions: ImpressionsConfig = field(default_factory=ImpressionsConfig)
 
 
 def merge_columns(flags: ColumnsConfig, folder: paths.Location | None, file: str | None = None) -> ColumnsConfig:
@@ -91,7 +95,13 @@ def merge_columns(flags: ColumnsConfig, folder: paths.Location | None, file: str
     if url is None or (file is None and not paths.exists(url)):
         return flags
     found = from_json(ColumnsConfig, load_json(url), url)
-    default = ColumnsConfig()
+    found = dataclasses.replace(found, impressions=_given(flags.impressions, found.impressions))
+    return _given(dataclasses.replace(flags, impressions=found.impressions), found)
+
+
+def _given(flags: T, found: T) -> T:
+    """``found`` with those fields of ``flags`` that are not their defaults."""
+    default = type(flags)()
     given = {f.name: getattr(flags, f.name) for f in dataclasses.fields(flags)}
     return dataclasses.replace(found, **{k: v for k, v in given.items() if v != getattr(default, k)})
 
@@ -165,6 +175,19 @@ def resolve_events(config: ColumnsConfig, present: Sequence[str], where: str) ->
     require_columns(where, present, found.categoricals, "event_categoricals")
     used = {*found.columns.values(), *found.categoricals}
     found.ignored = {name: "not asked for" for name in present if name not in used}
+    return found
+
+
+def resolve_impressions(config: ColumnsConfig, present: Sequence[str], where: str) -> Resolution:
+    """Finds user, item and time in the impressions file, by the names of the events."""
+    found = Resolution(where)
+    _resolve_roles(found, config, present, {role: EVENT_SYNONYMS[role] for role in ("user", "item", "time")})
+    for role in ("user", "item"):
+        if role not in found.columns:
+            raise ValueError(
+                f"{where}: no column for the {role} id; the file has {', '.join(present)}; "
+                f"name it with --columns.{role} or in {COLUMNS_FILE}"
+            )
     return found
 
 

@@ -17,6 +17,7 @@ from mufasa_rec.data.importers.values import is_list
 
 TABLES = (".parquet", ".csv", ".tsv")
 VECTORS = (".npz", ".npy", ".safetensors")
+IMPRESSIONS_NAMES = ("impressions",)
 _WHOLE_BYTES = 1 << 30
 _ID_NAMES = ("item_id", "id", "item", "ids")
 _NULLS = ["", "NULL", "null", "NaN", "nan"]
@@ -28,13 +29,15 @@ class SourceFiles:
 
     events: list[str]
     items: str | None = None
+    impressions: list[str] = field(default_factory=list)
     vectors: dict[str, str] = field(default_factory=dict)
     ignored: dict[str, str] = field(default_factory=dict)
 
     def all_files(self) -> list[str]:
         """Every file that decides the result, ids of ``.npy`` vectors included."""
         ids = [f"{url.removesuffix('.npy')}.ids.npy" for url in self.vectors.values() if url.endswith(".npy")]
-        return [*self.events, *([self.items] if self.items else []), *self.vectors.values(), *filter(paths.exists, ids)]
+        items = [self.items] if self.items else []
+        return [*self.events, *self.impressions, *items, *self.vectors.values(), *filter(paths.exists, ids)]
 
 
 def _stem(url: str) -> str:
@@ -51,22 +54,24 @@ def find_files(folder: str, events_names: Sequence[str], items_names: Sequence[s
         items_names: Stems of the items file.
 
     Raises:
-        ValueError: There is no events file, or two files for one thing.
+        ValueError: There is neither an events nor an impressions file, or two files for one thing.
     """
     files = paths.list_files(folder)
     tables = {url for url in files if url.endswith(TABLES)}
     events = _one_table(tables, events_names, folder)
     parts = [events] if events else _parts(folder, events_names)
-    if not parts:
+    shown = _one_table(tables, IMPRESSIONS_NAMES, folder)
+    impressions = [shown] if shown else _parts(folder, IMPRESSIONS_NAMES)
+    if not parts and not impressions:
         have = ", ".join(PurePosixPath(url).name for url in files) or "nothing"
         raise ValueError(
             f"{folder}: no events file; there must be {' or '.join(f'{name}.parquet/.csv' for name in events_names)}, "
             f"or give the file itself as --input; the folder has {have}"
         )
-    found = SourceFiles(events=parts, items=_one_table(tables, items_names, folder))
+    found = SourceFiles(events=parts, items=_one_table(tables, items_names, folder), impressions=impressions)
     for url in files:
         name = PurePosixPath(url).name
-        if url in (*found.events, found.items) or name == COLUMNS_FILE or name.endswith(".ids.npy"):
+        if url in (*found.events, *found.impressions, found.items) or name == COLUMNS_FILE or name.endswith(".ids.npy"):
             continue
         if url.endswith(VECTORS) or (url.endswith(".parquet") and _holds_vectors(url)):
             modality = PurePosixPath(url).stem

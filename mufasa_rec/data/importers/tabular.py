@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -12,9 +13,17 @@ import pyarrow.compute
 
 from mufasa_rec.data import paths, raw
 from mufasa_rec.data.importers import values
-from mufasa_rec.data.importers.columns import ColumnsConfig, Resolution, require_columns, resolve_events, resolve_items
+from mufasa_rec.data.importers.columns import (
+    ColumnsConfig,
+    Resolution,
+    require_columns,
+    resolve_events,
+    resolve_impressions,
+    resolve_items,
+)
 from mufasa_rec.data.importers.files import SourceFiles, find_files, fingerprint, read_table, table_schema
-from mufasa_rec.data.raw import RawData
+from mufasa_rec.data.importers.impressions import Roles, clicked, read_impressions
+from mufasa_rec.data.raw import RawData, RawImpressions
 
 pc: Any = pyarrow.compute  # made at import: a type checker cannot see its functions
 EVENTS_NAMES = ("interactions", "events", "ratings")
@@ -47,12 +56,20 @@ def read_tabular(
 
 def read_files(name: str, files: SourceFiles, columns: ColumnsConfig) -> RawData:
     """Reads a source whose files are known."""
-    events, found, how = _read_events(files.events, columns)
-    choices, ignored, dropped = [*found.choices, *how], {**files.ignored, **_with_file(found)}, {}
+    shown, choices = _read_impressions(files, columns)
+    ignored, dropped = dict(files.ignored), {}
+    if shown is not None and (not files.events or columns.impressions.source == "events"):
+        shown = dataclasses.replace(shown, are_events=True)
+        events = clicked(shown, columns.impressions.history)
+    else:
+        events, found, how = _read_events(files.events, columns)
+        choices, ignored = [*found.choices, *how, *choices], {**ignored, **_with_file(found)}
     items = read_items(files.items, columns) if files.items else None
     if items is not None:
         choices += items.found.choices
         ignored |= _with_file(items.found)
+        if shown is not None:
+            shown = dataclasses.replace(shown, table=_without(shown.table, items.gone))
         left = _without(events, items.gone)
         if left.num_rows < events.num_rows:
             filters = ", ".join(f"{column} = {pattern}" for column, pattern in columns.drop_items.items())
@@ -72,7 +89,31 @@ def read_files(name: str, files: SourceFiles, columns: ColumnsConfig) -> RawData
         ignored=ignored,
         dropped=dropped,
         fingerprint=fingerprint(files.all_files()),
+        impressions=shown,
     )
+
+
+def _read_impressions(files: SourceFiles, columns: ColumnsConfig) -> tuple[RawImpressions | None, list[str]]:
+    """The impressions where the source has any, and what was chosen."""
+    config = columns.impressions
+    urls = {"auto": files.impressions, "events": files.events, "none": []}[config.source]
+    if not urls:
+        if not files.events:
+            raise ValueError(
+                "--columns.impressions.source: 'none' or 'events', but there is no events file; use 'auto'"
+            )
+        return None, []
+    where = PurePosixPath(urls[0]).name
+    found = resolve_impressions(columns, table_schema(urls[0]).names, where)
+    roles = Roles(
+        user=found.columns["user"],
+        item=found.columns["item"],
+        time=found.columns.get("time"),
+        unit=columns.time_unit,
+        timezone=columns.timezone,
+    )
+    shown, how = read_impressions(urls, config, roles, where)
+    return shown, [*found.choices, *how]
 
 
 def _with_file(found: Resolution) -> dict[str, str]:
