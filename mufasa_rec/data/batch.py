@@ -16,13 +16,47 @@ import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
+from typing_extensions import Self
 
 # Feature of item ids; item categorical c is `item.c`, modality m is `content.m`, event categorical c is `event.c`.
 ITEM = "item"
 
 
+class Moving(Pipelineable):
+    """A dataclass of tensors, dicts of tensors and plain values that moves to a device as a whole."""
+
+    def _map(self, change: Callable[[Any], Any]) -> Self:
+        values: dict[str, Any] = {}
+        for entry in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, entry.name)
+            if isinstance(value, dict):
+                values[entry.name] = {key: change(tensor) for key, tensor in value.items()}
+            elif isinstance(value, (Tensor, KeyedJaggedTensor)):
+                values[entry.name] = change(value)
+            else:
+                values[entry.name] = value
+        return type(self)(**values)
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Self:
+        """Return a copy on `device`."""
+        return self._map(lambda value: value.to(device=device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Self:
+        """Return a copy in page-locked memory, from which copies to a GPU run beside computation."""
+        return self._map(lambda value: value.pin_memory())
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Tell the allocator that `stream` uses the batch."""
+
+        def record(value: Any) -> Any:
+            value.record_stream(stream)
+            return value
+
+        self._map(record)
+
+
 @dataclass
-class Batch(Pipelineable):
+class Batch(Moving):
     """One rank's share of a step. `U` batch items, `L` events, `B` rows, `C` candidates.
 
     Attributes:
@@ -76,32 +110,3 @@ class Batch(Pipelineable):
     def num_events(self) -> int:
         """Events `L` of this rank's histories."""
         return len(self.event_item)
-
-    def _map(self, change: Callable[[Any], Any]) -> Batch:
-        values: dict[str, Any] = {}
-        for entry in fields(self):
-            value = getattr(self, entry.name)
-            if isinstance(value, dict):
-                values[entry.name] = {key: change(tensor) for key, tensor in value.items()}
-            elif isinstance(value, (Tensor, KeyedJaggedTensor)):
-                values[entry.name] = change(value)
-            else:
-                values[entry.name] = value
-        return Batch(**values)
-
-    def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
-        """Return a copy on `device`."""
-        return self._map(lambda value: value.to(device=device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> Batch:
-        """Return a copy in page-locked memory, from which copies to a GPU run beside computation."""
-        return self._map(lambda value: value.pin_memory())
-
-    def record_stream(self, stream: torch.Stream) -> None:
-        """Tell the allocator that `stream` uses the batch."""
-
-        def record(value: Any) -> Any:
-            value.record_stream(stream)
-            return value
-
-        self._map(record)

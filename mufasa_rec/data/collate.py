@@ -17,7 +17,7 @@ from mufasa_rec.data.batch import ITEM, Batch
 from mufasa_rec.data.item_lookup import ItemLookup
 from mufasa_rec.data.parquet import RowGroup
 
-_NOT_CATEGORICAL = {"item", "timestamp", "action", "weight", "label"}
+NOT_CATEGORICAL = {"item", "timestamp", "action", "weight", "label"}
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def collate(
         rows, place = everything, np.arange(len(everything))
     ids, present, counts = item_features(catalog, rows)
     layout = _layout(windows)
-    for name in sorted(windows.columns.keys() - _NOT_CATEGORICAL):
+    for name in sorted(windows.columns.keys() - NOT_CATEGORICAL):
         ids[f"event.{name}"] = windows.columns[name][layout.history].astype(np.int64, copy=False)
     weight = layout.is_target.astype(np.float32)
     if target_actions is not None:

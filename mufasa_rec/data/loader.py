@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import queue
-import threading
-from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
@@ -14,12 +12,36 @@ from mufasa_rec.data.batch import Batch
 from mufasa_rec.data.collate import Windows, collate, cut_windows, ragged_arange
 from mufasa_rec.data.item_lookup import ItemLookup
 from mufasa_rec.data.negatives import NegativeSampler, NegativesConfig
-from mufasa_rec.data.order import EpochOrder, plan_epoch, readers_of
-from mufasa_rec.data.parquet import RowGroup, RowGroupReader, RowGroupRef
-from mufasa_rec.data.randomness import generator
+from mufasa_rec.data.order import EpochOrder
+from mufasa_rec.data.parquet import RowGroupReader, RowGroupRef
+from mufasa_rec.data.row_loader import LoaderState, RowLoader
 
 logger = logging.getLogger(__name__)
-_PERMUTATION_STREAM = 4
+__all__ = ["DataConfig", "Loader", "LoaderState", "RequestsConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestsConfig:
+    """How requests are read, for ranking.
+
+    Attributes:
+        negative_rate: Share of the negatives (impressions whose labels are all 0) that training keeps, drawn anew in
+            each epoch; positives are all kept. Evaluation keeps everything.
+        correction: What makes up for it: ``offset`` adds `-log(rate)` to the logits in training, so that the model's
+            own logits are calibrated (one task); ``weight`` lets a kept negative count `1 / rate` times.
+        per_request: Candidates of a request share its history, read and embedded once; False repeats the history for
+            each candidate, with the same logits.
+    """
+
+    negative_rate: float = 1.0
+    correction: Literal["offset", "weight"] = "offset"
+    per_request: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.negative_rate <= 1.0:
+            raise ValueError(f"data.requests.negative_rate={self.negative_rate}: choose above 0, at most 1.")
+        if self.correction not in ("offset", "weight"):
+            raise ValueError(f"data.requests.correction={self.correction!r}: choose 'offset' or 'weight'.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +61,7 @@ class DataConfig:
         negatives: How targets are contrasted.
         prefetch: Batches made ahead of the step, by one thread; 0 makes them when they are asked for.
         dedup: Look each distinct item of a batch up once.
+        requests: How requests are read, for ranking.
     """
 
     dataset: str = ""
@@ -52,6 +75,7 @@ class DataConfig:
     negatives: NegativesConfig = field(default_factory=NegativesConfig)
     prefetch: int = 2
     dedup: bool = True
+    requests: RequestsConfig = field(default_factory=RequestsConfig)
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "num_readers", "max_history", "min_count", "prefetch"):
@@ -65,22 +89,7 @@ class DataConfig:
             )
 
 
-@dataclass(frozen=True)
-class LoaderState:
-    """Where the data stands after a trained batch: enough to continue with the next row, on any number of ranks.
-
-    Attributes:
-        epoch: Epoch of the batch.
-        step: Steps trained in that epoch.
-        readers: Per virtual reader the row group being read and the offset of the next row in it; (-1, 0) at its end.
-    """
-
-    epoch: int
-    step: int
-    readers: list[tuple[int, int]]
-
-
-class Loader:
+class Loader(RowLoader[Batch]):
     """Batches of one part of a split for one rank.
 
     Args:
@@ -110,53 +119,16 @@ class Loader:
         target_actions: np.ndarray | None = None,
         align: int = 1,
     ) -> None:
+        files = RowGroupReader(("item", *columns))
+        shuffle = sampler is not None
+        super().__init__(groups, config, files, shuffle=shuffle, rank=rank, world_size=world_size, seed=seed)
         self.target_actions, self.align = target_actions, align
-        self.groups, self.catalog, self.config, self.sampler = groups, catalog, config, sampler
-        self.columns = ("item", *columns)
-        self._files = RowGroupReader(self.columns)
+        self.catalog, self.config, self.sampler = catalog, config, sampler
         self._told = False
-        self.rank, self.world_size, self.seed = rank, world_size, seed
-        self.readers = readers_of(rank, world_size, config.num_readers)
-        self._open: dict[int, tuple[tuple[int, int], RowGroup, np.ndarray]] = {}
-
-    def order(self, epoch: int) -> EpochOrder:
-        """The plan of an epoch: the same on every rank."""
-        return plan_epoch(
-            [group.num_rows for group in self.groups],
-            num_readers=self.config.num_readers,
-            rows_per_step=self.config.batch_size // self.config.num_readers,
-            seed=self.seed,
-            epoch=epoch,
-            shuffle=self.sampler is not None,
-        )
-
-    def state(self, epoch: int, step: int) -> LoaderState:
-        """The state after `step` batches of `epoch` were trained."""
-        order = self.order(epoch)
-        following = [order.pieces(reader, step) for reader in range(self.config.num_readers)]
-        return LoaderState(epoch, step, [(p[0].group, p[0].start) if p else (-1, 0) for p in following])
-
-    def batches(self, epoch: int, first_step: int = 0, num_steps: int | None = None) -> Iterator[Batch]:
-        """Yield the batches of an epoch from `first_step` on, at most `num_steps` of them, made ahead by a thread."""
-        order = self.order(epoch)
-        last = order.num_steps if num_steps is None else min(order.num_steps, first_step + num_steps)
-        steps = range(first_step, last)
-        if not self.config.prefetch:
-            yield from (self.make(order, step) for step in steps)
-            return
-        yield from _ahead((lambda step=step: self.make(order, step) for step in steps), self.config.prefetch)
 
     def make(self, order: EpochOrder, step: int) -> Batch:
         """Make this rank's share of one step."""
-        pieces = []
-        for reader in self.readers:
-            for piece in order.pieces(reader, step):
-                group, permutation = self._group(reader, order.epoch, piece.group)
-                pieces.append((group, permutation[piece.start : piece.stop]))
-        real = bool(pieces)
-        if not real:  # this rank has run out of rows: one row without events keeps it in the collectives
-            group, _ = self._group(self.readers[0], order.epoch, 0)
-            pieces = [(_without_rows(group), np.zeros(1, np.int64))]
+        pieces, real = self._pieces(order, step)
         windows = cut_windows(pieces, self.config.max_history, align=self.align)
         if real and self.sampler is None and not windows.lengths.all():
             row = int(windows.row_id[np.flatnonzero(windows.lengths == 0)[0]])
@@ -198,59 +170,3 @@ class Loader:
             taken = is_target & self.sampler.in_batch(order.epoch, row_id, stream, num_rows)
             rows = np.concatenate([rows, self.catalog.rows_of(windows.columns["item"][taken])])
         return rows, self.sampler.bias(rows, num_rows)
-
-    def _group(self, reader: int, epoch: int, index: int) -> tuple[RowGroup, np.ndarray]:
-        """The row group that a reader is in, and the order of its rows in this epoch; readers in one group share it."""
-        held = self._open.get(reader)
-        if held is None or held[0] != (epoch, index):
-            held = next((other for other in self._open.values() if other[0] == (epoch, index)), None)
-            if held is None:
-                group = self._files.read(self.groups[index])
-                permutation = np.arange(self.groups[index].num_rows)
-                if self.sampler is not None:
-                    permutation = generator(self.seed, epoch, index, _PERMUTATION_STREAM).permutation(len(permutation))
-                held = ((epoch, index), group, permutation)
-            self._open[reader] = held
-        return held[1], held[2]
-
-
-def _without_rows(group: RowGroup) -> RowGroup:
-    """A row group of one row with no events, of the columns of `group`."""
-    zero = np.zeros(1, dtype=np.int64)
-    columns = {name: values[:1].repeat(0) for name, values in group.columns.items()}
-    return RowGroup(zero, zero, zero, zero, zero, zero, columns)
-
-
-def _ahead(makers: Iterator, depth: int) -> Iterator[Batch]:
-    """Run the makers in a thread, `depth` batches ahead; its errors are raised here, and closing here ends it."""
-    results: queue.Queue = queue.Queue(maxsize=depth)
-    stop = threading.Event()
-
-    def put(item: object) -> bool:
-        while not stop.is_set():
-            try:
-                results.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def work() -> None:
-        try:
-            for make in makers:
-                if not put(make()):
-                    return
-            put(None)
-        except BaseException as error:  # handed over whole: the consumer raises it
-            put(error)
-
-    thread = threading.Thread(target=work, name="loader", daemon=True)
-    thread.start()
-    try:
-        while (item := results.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        stop.set()
-        thread.join()

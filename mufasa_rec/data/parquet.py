@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -39,6 +39,25 @@ class RowGroupRef:
 
 
 @dataclass(frozen=True)
+class ShownGroup:
+    """What the rows of a row group showed, where rows are requests; candidates lie end to end in `columns`.
+
+    Attributes:
+        time: Time of each request, `[n]` milliseconds.
+        request: The source's number of each request, `[n]`.
+        start: Where the candidates of each request begin in `columns`, `[n]`.
+        length: Candidates of each request, `[n]`.
+        columns: Values of the candidates' columns, each `[candidates of the group]`.
+    """
+
+    time: np.ndarray
+    request: np.ndarray
+    start: np.ndarray
+    length: np.ndarray
+    columns: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
 class RowGroup:
     """A decoded row group. `n` rows; the lists of all its users lie end to end in `columns`.
 
@@ -50,6 +69,7 @@ class RowGroup:
         target_from: First target of each row, `[n]`.
         row_id: Number of each row in the whole part, `[n]`; random draws are keyed by it.
         columns: Values of the list columns, each `[events of the group]`.
+        shown: What the rows showed, where they are requests.
     """
 
     user: np.ndarray
@@ -59,6 +79,7 @@ class RowGroup:
     target_from: np.ndarray
     row_id: np.ndarray
     columns: dict[str, np.ndarray]
+    shown: ShownGroup | None = None
 
 
 def list_row_groups(
@@ -97,11 +118,12 @@ class RowGroupReader:
 
     Args:
         columns: Names of the list columns to read.
+        shown: Names of the candidates' columns, where rows are requests; none where they are not.
         max_open: Most files held open.
     """
 
-    def __init__(self, columns: Sequence[str], max_open: int = 256) -> None:
-        self.columns, self.max_open = tuple(columns), max_open
+    def __init__(self, columns: Sequence[str], *, shown: Sequence[str] = (), max_open: int = 256) -> None:
+        self.columns, self.shown, self.max_open = tuple(columns), tuple(shown), max_open
         self._files: OrderedDict[str, pq.ParquetFile] = OrderedDict()
 
     def read(self, ref: RowGroupRef) -> RowGroup:
@@ -112,13 +134,17 @@ class RowGroupReader:
                 lengths, or a weight that is negative or not finite; names the file.
         """
         group = self._lists(ref) if ref.events is None else self._references(ref, ref.events)
+        if self.shown:
+            group = replace(group, shown=self._shown(ref))
         _check_range(group, ref)
         _check_weights(group, ref)
         return group
 
     def _references(self, ref: RowGroupRef, events_file: str) -> RowGroup:
         """Rows that refer to events stored once per user."""
-        rows = self._table(ref.rows, ref.index, ["user", "history_end", "target_from"])
+        # The events of a request's history are no targets.
+        last = "history_end" if self.shown else "target_from"
+        rows = self._table(ref.rows, ref.index, list(dict.fromkeys(["user", "history_end", last])))
         events = self._table(events_file, ref.index, ["user", *self.columns])
         users, user = _numbers(events, "user", events_file), _numbers(rows, "user", ref.rows)
         place = np.searchsorted(users, user)
@@ -130,7 +156,7 @@ class RowGroupReader:
                 "does not hold in ascending order; the two files must be written together: prepare the data set again."
             )
         starts, lengths, values = _lists(events, self.columns, events_file)
-        end, target_from = (_numbers(rows, name, ref.rows) for name in ("history_end", "target_from"))
+        end, target_from = (_numbers(rows, name, ref.rows) for name in ("history_end", last))
         row_id = ref.first_row + np.arange(ref.num_rows)
         return RowGroup(user, starts[place], lengths[place], end, target_from, row_id, values)
 
@@ -143,6 +169,13 @@ class RowGroupReader:
         target_from = _numbers(table, "target_from", ref.rows) if extra else np.minimum(lengths, 1)
         row_id = ref.first_row + np.arange(ref.num_rows)
         return RowGroup(_numbers(table, "user", ref.rows), starts, lengths, lengths, target_from, row_id, values)
+
+    def _shown(self, ref: RowGroupRef) -> ShownGroup:
+        """The candidates of requests."""
+        table = self._table(ref.rows, ref.index, ["request_time", "request", *self.shown])
+        start, length, values = _lists(table, self.shown, ref.rows)
+        time, request = (_numbers(table, name, ref.rows) for name in ("request_time", "request"))
+        return ShownGroup(time, request, start, length, values)
 
     def _table(self, file: str, index: int, columns: Sequence[str]) -> pa.Table:
         parquet = self._open(file)
