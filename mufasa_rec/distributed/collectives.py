@@ -32,6 +32,10 @@ class RankExchange:
         self.rank = dist.get_rank(group)
         self._host_group = host_group() if dist.get_backend(group) != "gloo" else group
 
+    def host(self) -> RankExchange:
+        """The same ranks, for tensors in host memory."""
+        return self if self._host_group is self.group else RankExchange(self._host_group)
+
     def counts(self, values: Sequence[int]) -> list[list[int]]:
         """Return every rank's `values`, one list per rank."""
         if self.world_size == 1:
