@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 from mufasa_rec.data import paths, raw, statistics
 from mufasa_rec.data.catalog import Catalog, build_catalog, numeric_ids, same_id_type
+from mufasa_rec.data.cold_items import choose_cold, released_later, without_training_events
 from mufasa_rec.data.content import ContentStore, coverage
 from mufasa_rec.data.event_files import PARTITION, Bucket, default_buckets, plan_buckets, write_events, write_rows
 from mufasa_rec.data.events import TIE_RULE, EventLog, build_events, drop_nulls
@@ -136,11 +137,26 @@ class Preparation:
 
     def _split(self) -> None:
         """Makes the splits that were asked for or that the data allows."""
+        if self.config.cold.share:
+            self._hold_out_cold()
         self.splits, self.not_made = make_splits(self.config.split, self.log, self.config.columns.timezone)
 
     def _plan(self) -> list[Bucket]:
         """Which users share a file and a row group."""
         return plan_buckets(self.log, self.buckets, self.config.split.targets_per_row)
+
+    def _hold_out_cold(self) -> None:
+        """Takes out the training events of the items that are to be cold."""
+        catalog = self.catalog
+        cold = choose_cold(catalog.ids, self.config.cold)
+        before = self.log.item.size
+        self.log = without_training_events(self.log, catalog.ids[cold])
+        self.dropped["training event of a cold item"] = before - self.log.item.size
+        if raw.AVAILABLE_FROM in catalog.available:
+            released = released_later(catalog.available[raw.AVAILABLE_FROM], cold)
+            catalog.available = catalog.available | {raw.AVAILABLE_FROM: released}
+        # The oracle of generated data knows another history than what is left.
+        self.raw = dataclasses.replace(self.raw, oracle=None)
 
     def _without_unknown(
         self, events: pa.Table, users: np.ndarray, items: np.ndarray

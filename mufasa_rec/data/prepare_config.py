@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from mufasa_rec.data.catalog import UnknownItems
+from mufasa_rec.data.cold_items import ColdConfig
 from mufasa_rec.data.importers import ColumnsConfig
 from mufasa_rec.data.split_choice import SplitConfig
 
@@ -25,6 +26,8 @@ class PrepareConfig:
         items: Items file, when it is not in the input folder.
         vectors: More vector files by modality.
         split: Which splits, and where their borders are.
+        cold: Items whose training events are taken out, to see what is found of them by content alone; needs
+            ``split.policies`` to be leave_one_out.
         unknown_items: Items of events that the items file lacks: ``add`` them, ``drop`` their events, or ``refuse``.
         drop_duplicates: Drop events that equal an earlier one in every column.
         sort_positions: Accept positions that do not ascend within a user in the source's order.
@@ -46,6 +49,7 @@ class PrepareConfig:
     items: str | None = None
     vectors: dict[str, str] = field(default_factory=dict)
     split: SplitConfig = field(default_factory=SplitConfig)
+    cold: ColdConfig = field(default_factory=ColdConfig)
     unknown_items: UnknownItems = "add"
     drop_duplicates: bool = False
     sort_positions: bool = False
@@ -62,3 +66,8 @@ class PrepareConfig:
             raise ValueError(f"max_null_share: is {self.max_null_share}; must be between 0 and 1")
         if self.buckets is not None and self.buckets < 1:
             raise ValueError(f"buckets: is {self.buckets}; must be at least 1")
+        if self.cold.share and (self.layout == "rows" or self.split.policies != ("leave_one_out",)):
+            raise ValueError(
+                f"cold.share: is {self.cold.share}, but only what leave-one-out asks for can be cold; give "
+                "--split.policies leave_one_out, and events instead of rows"
+            )
