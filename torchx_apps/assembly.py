@@ -24,10 +24,12 @@ from mufasa_rec.distributed.env import DistributedEnv
 from mufasa_rec.evaluation.retrieval import Evaluator, RetrieverScorer
 from mufasa_rec.models.retriever import FUSED, Retriever, RetrieverArch
 from mufasa_rec.modules.event_embedding import EventEmbedding, EventEmbeddingConfig
+from mufasa_rec.modules.item_fusion import ItemFusion
 from mufasa_rec.modules.item_tower import ItemTower
 from mufasa_rec.modules.next_item import NextItemObjective
 from mufasa_rec.modules.segmentation import BorderConfig
 from mufasa_rec.modules.sparse_arch import ContentTableConfig, SparseArch, TableConfig, table_name
+from mufasa_rec.training.fusion_file import TrainedLayer
 from torchx_apps import extractors
 
 logger = logging.getLogger(__name__)
@@ -129,9 +131,19 @@ def _action_codes(data: OpenDataset, names: tuple[str, ...]) -> np.ndarray:
     return np.array([values.index(name) + 1 for name in names], dtype=np.int64)
 
 
-def build_retriever(config: RunConfig, data: OpenDataset, exchange: RankExchange) -> Retriever:
-    """The unsharded retriever, tables on `meta`, with fused optimizers attached."""
+def build_retriever(
+    config: RunConfig, data: OpenDataset, exchange: RankExchange, layer: TrainedLayer | None = None
+) -> Retriever:
+    """The unsharded retriever, tables on `meta`, with fused optimizers attached.
+
+    Args:
+        config: The run.
+        data: The data set.
+        exchange: Reaches the other ranks.
+        layer: The fusion layer that the retriever holds, with `model.fusion_source`.
+    """
     model, catalog, features = config.model, data.catalog, data.manifest.features
+    fusion = None if layer is None else ItemFusion(layer.build(), layer.genre, tune=model.finetune_fusion)
     torch.manual_seed(config.seed)
     item_categoricals, event_categoricals = {}, ()
     if model.use_categoricals:
@@ -149,6 +161,8 @@ def build_retriever(config: RunConfig, data: OpenDataset, exchange: RankExchange
     ]
     sparse = SparseArch(tables, model.width, contents, torch.device("meta"))
     modalities = {content.modality: content.width for content in contents}
+    if fusion is not None:
+        modalities = {FUSED: fusion.layer.config.width}
     tower = ItemTower(modalities, item_categoricals, model.width, use_id=model.use_id, id_dropout=model.id_dropout)
     actions = max((f.cardinality for f in features.values() if f.kind == "action"), default=-1) + 1
     embedding = EventEmbedding(
@@ -170,6 +184,7 @@ def build_retriever(config: RunConfig, data: OpenDataset, exchange: RankExchange
         max_history=extractors.max_events(config),
         event_categoricals=event_categoricals,
         raw_content=extractors.raw_content(extractor),
+        fusion=fusion,
     )
     sharding.fuse_optimizer(sparse.ids, config.optimizer.tables)
     sharding.freeze(sparse.content)

@@ -33,7 +33,7 @@ from mufasa_rec.evaluation.report import write_report
 from mufasa_rec.evaluation.summary import histograms, paired, summarise
 from mufasa_rec.models.baselines import Transitions, count_transitions
 from mufasa_rec.training.checkpoint import check_intact, find_checkpoint, load_model
-from torchx_apps import assembly, run_folder
+from torchx_apps import assembly, fusion_tuning, run_folder
 
 logger = logging.getLogger(__name__)
 MODEL = "model"
@@ -130,7 +130,7 @@ def evaluate(
         "runs": {name: str(folder) for name, folder in runs.items()},
     }
     output.mkdir(parents=True, exist_ok=True)
-    _write_ranks(ranked, output)
+    _write_ranks(ranked, data.catalog.counts, output)
     return _write(evaluation, runs, output)
 
 
@@ -163,7 +163,8 @@ def _rank_run(
             "rows of one table need one split."
         )
     begin = time.perf_counter()
-    model = assembly.shard_retriever(config, data, assembly.build_retriever(config, data, exchange), env.device)
+    retriever = assembly.build_retriever(config, data, exchange, fusion_tuning.of_run(config, folder))
+    model = assembly.shard_retriever(config, data, retriever, env.device)
     checkpoint = exchange.objects(find_checkpoint(config.checkpoint.location(folder), which))[0]
     manifest = check_intact(checkpoint, exchange)
     run_folder.refuse_other_data(manifest, data)
@@ -218,14 +219,18 @@ def _facts(data: assembly.OpenDataset, ranked: Ranked, mask_seen: bool, part: st
         "part": part,
         "repeat_share": manifest.repeat_share,
         "mask_seen": mask_seen,
+        "cold_items": int((data.catalog.counts == 0).sum()),
     }
 
 
-def _write_ranks(ranked: dict[str, Ranked], output: Path) -> None:
+def _write_ranks(ranked: dict[str, Ranked], counts: np.ndarray, output: Path) -> None:
     """Write what paired comparisons with other evaluations of the split need: users, targets, and each row's ranks."""
     model = ranked[MODEL]
     columns = {name: getattr(model, name) for name in ("user", "target_row", "history_length")}
-    columns.update({f"rank.{name}": found.rank for name, found in ranked.items()})
+    columns["target_events"] = counts[model.target_row]
+    columns["cold_items"] = np.array([(counts == 0).sum()])
+    for name, found in ranked.items():
+        columns |= {f"rank.{name}": found.rank, f"cold_rank.{name}": found.cold_rank}
     with paths.atomic_write(output / RANKS_FILE) as path:
         save_file({name: np.ascontiguousarray(values) for name, values in columns.items()}, path)
 

@@ -29,7 +29,7 @@ from mufasa_rec.training.optim import TrainOptimizer
 from mufasa_rec.training.saver import Saver
 from mufasa_rec.training.tracker import Tracker
 from mufasa_rec.training.trainer import Surroundings, Trainer
-from torchx_apps import assembly, command_line, run_folder, tables
+from torchx_apps import assembly, command_line, fusion_tuning, run_folder, tables
 
 logger = logging.getLogger(__name__)
 
@@ -84,18 +84,24 @@ def _train(
 ) -> dict:
     """Train in a folder that is this job's."""
     vocabulary = assembly.load_vocabulary(str(folder)) if continues else None
+    layer = fusion_tuning.open_layer(config, folder, exchange)
+    if layer is not None:
+        config = run_folder.with_modalities(config, layer.widths)
     data = assembly.open_dataset(config, vocabulary)
+    if layer is not None:
+        fusion_tuning.check(config, layer, data)
     if config.model.use_content:
         config = run_folder.with_modalities(config, data.catalog.stores)
     train_loader = assembly.make_loader(config, data, "train", env)
     evaluator = assembly.make_evaluator(config, data, "validation", env, exchange)
-    retriever = assembly.build_retriever(config, data, exchange)
+    retriever = assembly.build_retriever(config, data, exchange, layer)
     model = assembly.shard_retriever(config, data, retriever, env.device)
     scorer = assembly.make_scorer(config, data, model, env, exchange)
     steps = config.trainer.epochs * train_loader.order(0).num_steps
     steps = min(steps, config.trainer.max_steps or steps)
-    dense = dict(in_backward_optimizer_filter(model.named_parameters()))
-    optimizer = TrainOptimizer(dense, model.fused_optimizer, config.optimizer, steps)
+    dense = {name: p for name, p in in_backward_optimizer_filter(model.named_parameters()) if p.requires_grad}
+    slow = fusion_tuning.slow_parameters(dense)
+    optimizer = TrainOptimizer(dense, model.fused_optimizer, config.optimizer, steps, slow=slow)
     about = run_folder.describe_run(config, data, describe(model.plan))  # type: ignore[arg-type]
     saver = Saver(config.checkpoint.location(str(folder)), config.checkpoint, about)
     newest = _newest(saver, data, continues)
@@ -104,6 +110,8 @@ def _train(
     if env.is_main:
         data.catalog.vocabulary.save(folder)
         tables.save_row_ids(tables.row_ids(config, data), folder)
+        if layer is not None:
+            layer.save(folder / fusion_tuning.START_FILE)
         save_config(config, folder)  # last: from here on the folder holds a run
         _describe(data, dense, steps)
     tracker = Tracker(

@@ -8,7 +8,7 @@ holds the whole catalog's scores. Items that the user has already seen are maske
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -41,6 +41,8 @@ class Ranked:
         rank: Mid-rank of the target, `[Q]` float64.
         top: Item rows of the best items, best first, `[Q, k]`.
         history_length: Events before the target, `[Q]`.
+        cold_rank: Mid-rank of the target among the items without a training event, `[Q]` float64; NaN for a target that
+            has one, and where it was not asked for.
     """
 
     user: np.ndarray
@@ -48,6 +50,11 @@ class Ranked:
     rank: np.ndarray
     top: np.ndarray
     history_length: np.ndarray
+    cold_rank: np.ndarray = field(default_factory=lambda: np.empty(0))
+
+    def __post_init__(self) -> None:
+        if len(self.cold_rank) != len(self.rank):
+            object.__setattr__(self, "cold_rank", np.full(len(self.rank), np.nan))
 
     @staticmethod
     def concatenate(parts: list[Ranked]) -> Ranked:
@@ -81,12 +88,7 @@ def rank_targets(
     Raises:
         ValueError: When a score of any rank is NaN; on all ranks alike.
     """
-    queries = torch.arange(len(scores), device=scores.device)
-    owned = (target_row >= part.start) & (target_row < part.stop)
-    column = (target_row - part.start).clamp(0, max(len(part) - 1, 0))
-    target_score = torch.zeros(len(scores), dtype=scores.dtype, device=scores.device)
-    if len(part):
-        target_score = torch.where(owned, scores[queries, column], target_score)
+    target_score, owned = _own_scores(scores, part, target_row)
     # One sum for both: a NaN of one rank is an error on all of them, and nobody waits for a rank that has stopped.
     told = exchange.sum(torch.cat([target_score, torch.isnan(scores).any().to(scores.dtype)[None]]))
     if not told[-1] == 0:
@@ -96,11 +98,46 @@ def rank_targets(
         query, row = seen
         here = (row >= part.start) & (row < part.stop) & (row != target_row[query])
         scores[query[here], row[here] - part.start] = float("-inf")
+    return _mid_rank(scores, target_score, owned, exchange), _best(scores, part, exchange, k)
+
+
+def rank_among(scores: Tensor, part: range, target_row: Tensor, among: Tensor, exchange: RankSum) -> Tensor:
+    """Rank targets among some items only; all ranks call it with the same queries, behind `rank_targets`.
+
+    Args:
+        scores: Scores of the part's items as `rank_targets` left them, `[Q, n]`; not changed.
+        part: Item rows of the part.
+        target_row: Item row of each query's target, `[Q]`.
+        among: Which items of the whole catalog count, `[items]` bool.
+        exchange: Reaches the other ranks.
+
+    Returns:
+        Mid-ranks `[Q]` float64, NaN for a target that is not among them; the same on every rank.
+    """
+    target_score, owned = _own_scores(scores, part, target_row)
+    target_score = exchange.sum(target_score)[:, None]
+    inside = among[target_row]
+    chosen = scores[:, among[part.start : part.stop]]
+    rank = _mid_rank(chosen, target_score, owned & inside, exchange)
+    return torch.where(inside, rank, float("nan"))
+
+
+def _own_scores(scores: Tensor, part: range, target_row: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores of the targets `[Q]` that lie in this rank's part, 0 for others, and which these are, `[Q]`."""
+    owned = (target_row >= part.start) & (target_row < part.stop)
+    found = torch.zeros(len(scores), dtype=scores.dtype, device=scores.device)
+    if not len(part):
+        return found, owned
+    column = (target_row - part.start).clamp(0, len(part) - 1)
+    return torch.where(owned, scores[torch.arange(len(scores), device=scores.device), column], found), owned
+
+
+def _mid_rank(scores: Tensor, target_score: Tensor, owned: Tensor, exchange: RankSum) -> Tensor:
+    """Mid-ranks `[Q]` of scores `[Q, 1]` among this and the other ranks' scores `[Q, n]`."""
     better = (scores > target_score).sum(1)
     equal = (scores == target_score).sum(1) - owned.long()
     counts = exchange.sum(torch.stack([better, equal]).double())
-    rank = 1.0 + counts[0] + 0.5 * counts[1]
-    return rank, _best(scores, part, exchange, k)
+    return 1.0 + counts[0] + 0.5 * counts[1]
 
 
 def _best(scores: Tensor, part: range, exchange: RankSum, k: int) -> Tensor:

@@ -15,7 +15,7 @@ from mufasa_rec.data.collate import Windows, collate
 from mufasa_rec.data.item_lookup import ItemLookup
 from mufasa_rec.data.loader import Loader
 from mufasa_rec.distributed.collectives import RankExchange
-from mufasa_rec.evaluation.ranks import Ranked, catalog_part, gains, rank_targets
+from mufasa_rec.evaluation.ranks import Ranked, catalog_part, gains, rank_among, rank_targets
 from mufasa_rec.ops.jagged import last_index, lengths_of, sequence_ids
 
 
@@ -140,11 +140,14 @@ class Evaluator:
             after_batch: Called after every batch, equally often on every rank; may end the ranking by raising.
         """
         scorer.prepare(self.part)
+        cold = torch.from_numpy(self.catalog.counts == 0).to(self.device)
         found = []
         for queries in self._queries(scorer):
             seen = queries.seen if self.mask_seen else None
-            rank, top = rank_targets(scorer.scores(queries), self.part, queries.target_row, seen, self.exchange)
-            columns = (queries.user, queries.target_row, rank, top, queries.history_length)
+            scores, target = scorer.scores(queries), queries.target_row
+            rank, top = rank_targets(scores, self.part, target, seen, self.exchange)
+            cold_rank = rank_among(scores, self.part, target, cold, self.exchange)
+            columns = (queries.user, target, rank, top, queries.history_length, cold_rank)
             found.append(Ranked(*(column.cpu().numpy() for column in columns)))
             if after_batch is not None:
                 after_batch()

@@ -61,6 +61,7 @@ def summarise(
     row["coverage"] = len(shown) / len(catalog)
     masks = slices_of(ranked, catalog, all_stores)
     row["few_hr@10"], row["cold_hr@10"] = (_mean(gain["hr@10"][masks[key]]) for key in (_FEW, _COLD))
+    row["cold_among_hr@10"] = _mean((ranked.cold_rank[masks[_COLD]] <= 10).astype(float))  # chance: 10 / cold items
     row["users"], row["seconds"] = len(ranked.rank), seconds
     row["slices"] = {
         key: {"users": int(mask.sum()), "hr@10": _mean(gain["hr@10"][mask]), "ndcg@10": _mean(gain["ndcg@10"][mask])}

@@ -18,6 +18,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from mufasa_rec.data.batch import Batch
 from mufasa_rec.modules.history import History, InterestExtractor
+from mufasa_rec.modules.item_fusion import ItemFusion
 from mufasa_rec.modules.item_tower import Items, ItemTower
 from mufasa_rec.modules.next_item import NextItemConfig, NextItemObjective, Questions
 from mufasa_rec.modules.sparse_arch import SparseArch, merge
@@ -55,6 +56,10 @@ class RetrieverConfig:
         use_id: Whether item ids are used; False is the pure-content variant.
         use_content: Whether content vectors are used.
         use_categoricals: Whether item and event categoricals are used.
+        fusion_source: Run folder of `fuse`, whose layer the retriever then holds: it reads the modalities that the
+            layer was trained with, and fuses them itself. Empty where content is read as the data set has it.
+        finetune_fusion: Whether that layer is trained on with the retriever, at `optimizer.fusion_share` of its
+            learning rate.
         id_dropout: Probability of dropping an item's id embedding from its vector in training.
         init_std: Standard deviation of the tables' initial weights; small, so that content leads until ids have
             learned.
@@ -70,6 +75,8 @@ class RetrieverConfig:
     use_id: bool = True
     use_content: bool = True
     use_categoricals: bool = True
+    fusion_source: str = ""
+    finetune_fusion: bool = False
     id_dropout: float = 0.1
     init_std: float = 0.02
     num_gap_buckets: int = 24
@@ -85,6 +92,12 @@ class RetrieverConfig:
         for name in ("init_std", "num_gap_buckets"):
             if getattr(self, name) < 0:
                 raise ValueError(f"model.{name}={getattr(self, name)}: choose 0 or more.")
+        if self.finetune_fusion and not self.fusion_source:
+            raise ValueError("model.finetune_fusion=True: give model.fusion_source, the run folder of `fuse`.")
+        if self.fusion_source and not self.use_content:
+            raise ValueError(
+                f"model.fusion_source={self.fusion_source!r}: model.use_content=False reads no content; drop one."
+            )
         if self.attention not in get_args(Attention):
             raise ValueError(f"model.attention={self.attention!r}: choose one of {get_args(Attention)}.")
         if self.attention == "sparse" and self.extractor.positions == "learned":
@@ -104,6 +117,8 @@ class RetrieverArch(nn.Module):
         max_history: Longest history of a row.
         event_categoricals: Event categoricals, whose embeddings are added to the events.
         raw_content: Modalities whose vectors the extractor gets as they are stored, beside the fused content.
+        fusion: Fuses the batch's modalities into the one that the tower reads then, `FUSED`; None where the tower
+            reads them itself.
     """
 
     def __init__(
@@ -115,8 +130,10 @@ class RetrieverArch(nn.Module):
         max_history: int,
         event_categoricals: tuple[str, ...] = (),
         raw_content: tuple[str, ...] = (),
+        fusion: ItemFusion | None = None,
     ) -> None:
         super().__init__()
+        self.fusion = fusion
         self.tower, self.extractor, self.objective = tower, extractor, objective
         self.max_history, self.event_categoricals, self.raw_content = max_history, event_categoricals, raw_content
 
@@ -131,10 +148,8 @@ class RetrieverArch(nn.Module):
             The loss (a zero in evaluation) and the output.
         """
         values = merge(looked_up)
-        widths = {} if self.tower.content is None else self.tower.content.widths
-        for name, width in widths.items():
-            values[f"content.{name}"] = values[f"content.{name}"][:, :width].float()
-        items = self.tower(values["item"].float(), values, batch.present, batch.category_lengths)
+        present = self._content(values, batch)
+        items = self.tower(values["item"].float(), values, present, batch.category_lengths)
         history = self._history(items, values, batch)
         temperature = self.objective.temperature.detach()
         if not self.training:
@@ -147,6 +162,19 @@ class RetrieverArch(nn.Module):
         loss, total = self.objective(_questions(states, items, batch))
         empty = states.new_zeros(0, states.shape[1])
         return loss, RetrieverOutput(empty, empty, total, self.extractor.num_places, temperature)
+
+    def _content(self, values: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+        """Bring looked-up content into the form that the tower reads, in place; returns who has which modality."""
+        reads = self.fusion or self.tower.content
+        for name, width in ({} if reads is None else reads.widths).items():
+            values[f"content.{name}"] = values[f"content.{name}"][:, :width].float()
+        if self.fusion is None:
+            return batch.present
+        genre = self.fusion.genre
+        codes = None if genre is None else batch.features[f"item.{genre}"].values()
+        counts = None if genre is None else batch.category_lengths.get(genre)
+        values[f"content.{FUSED}"], has = self.fusion(values, batch.present, codes, counts)
+        return {**batch.present, FUSED: has}
 
     def _history(self, items: Items, values: dict[str, Tensor], batch: Batch) -> History:
         embedded = items.embedded.index_select(0, batch.event_item)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,7 @@ class OptimizerConfig:
         weight_decay: AdamW's decay, on matrices only.
         warmup_steps: Steps of linear warm-up, of the tables too.
         final_share: Share of the peak learning rate at the end of the cosine; 1 keeps it constant.
+        fusion_share: Share of the learning rate that a fusion layer inside the retriever is tuned with.
         max_grad_norm: Bound of the norm of the data-parallel gradient (the tables are updated inside the backward).
         tables: The tables' fused optimizer.
     """
@@ -29,11 +31,12 @@ class OptimizerConfig:
     weight_decay: float = 0.01
     warmup_steps: int = 100
     final_share: float = 0.05
+    fusion_share: float = 0.1
     max_grad_norm: float = 1.0
     tables: TableOptimizerConfig = field(default_factory=TableOptimizerConfig)
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "max_grad_norm"):
+        for name in ("learning_rate", "fusion_share", "max_grad_norm"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"optimizer.{name}={getattr(self, name)}: choose above 0.")
         if not 0.0 <= self.final_share <= 1.0:
@@ -51,14 +54,23 @@ class TrainOptimizer:
             learning rate.
         config: How weights are updated.
         total_steps: Steps of the whole run, over which the cosine falls.
+        slow: Names of the parameters that learn at `config.fusion_share` of the learning rate.
     """
 
-    def __init__(self, dense: dict[str, nn.Parameter], fused: Any, config: OptimizerConfig, total_steps: int) -> None:
+    def __init__(
+        self,
+        dense: dict[str, nn.Parameter],
+        fused: Any,
+        config: OptimizerConfig,
+        total_steps: int,
+        *,
+        slow: Collection[str] = (),
+    ) -> None:
         self.config, self.fused, self.total_steps = config, fused, max(total_steps, 1)
         self.parameters = dense
-        decayed = [p for p in dense.values() if p.ndim >= 2]
-        kept = [p for p in dense.values() if p.ndim < 2]
-        groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": kept, "weight_decay": 0.0}]
+        groups = _groups({name: p for name, p in dense.items() if name not in slow}, config.weight_decay, 1.0)
+        if slow:
+            groups += _groups({name: dense[name] for name in slow}, config.weight_decay, config.fusion_share)
         self.dense = torch.optim.AdamW(groups, lr=config.learning_rate, foreach=True)
         self.num_steps = 0
         self.grad_norm: Tensor = torch.zeros(())
@@ -118,7 +130,17 @@ class TrainOptimizer:
     def _set_learning_rates(self) -> None:
         share = self.share(self.num_steps)
         for group in self.dense.param_groups:
-            group["lr"] = self.config.learning_rate * share
+            group["lr"] = self.config.learning_rate * share * group["share"]
         for group in self.fused.param_groups:
             group["lr"] = self.config.tables.learning_rate * share
         self.fused.step()  # FBGEMM takes the learning rate here; the update itself happens in the backward
+
+
+def _groups(parameters: Mapping[str, nn.Parameter], decay: float, share: float) -> list[dict[str, Any]]:
+    """Matrices, which decay, and the rest, which does not; `share` is that of the learning rate."""
+    decayed = [p for p in parameters.values() if p.ndim >= 2]
+    kept = [p for p in parameters.values() if p.ndim < 2]
+    return [
+        {"params": decayed, "weight_decay": decay, "share": share},
+        {"params": kept, "weight_decay": 0.0, "share": share},
+    ]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mufasa_rec.distributed.collectives import RankExchange
 from mufasa_rec.distributed.env import DistributedEnv
-from mufasa_rec.evaluation.ranks import bootstrap_interval, catalog_part, gains, rank_targets
+from mufasa_rec.evaluation.ranks import bootstrap_interval, catalog_part, gains, rank_among, rank_targets
 from tests.helpers.ranks import run_ranks
 
 
@@ -115,6 +115,28 @@ def test_target_is_not_masked_when_it_was_seen_before() -> None:
     rank, top = rank_targets(scores, range(3), torch.tensor([1]), seen, Alone(), k=3)
     assert rank.tolist() == [1.0]
     assert top.tolist() == [[1, 2, -1]]
+
+
+def among_in_parts(env: DistributedEnv, scores: np.ndarray, target: np.ndarray, among: np.ndarray) -> list[float]:
+    part = catalog_part(scores.shape[1], env.rank, env.world_size)
+    mine = torch.from_numpy(scores[:, part.start : part.stop].copy())
+    columns = torch.from_numpy(target), torch.from_numpy(among)
+    return rank_among(mine, part, *columns, RankExchange()).tolist()
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_rank_among_some_items_counts_no_others(world: int) -> None:
+    rng = np.random.default_rng(3)
+    scores = rng.integers(0, 6, (8, 9)).astype(np.float32)  # many are equal
+    target, among = rng.integers(0, 9, 8), np.arange(9) % 3 != 1
+    expected = []
+    for row, item in zip(scores, target, strict=True):
+        others = np.delete(row, item)[np.delete(among, item)]
+        value = 1 + (others > row[item]).sum() + 0.5 * (others == row[item]).sum()
+        expected.append(float(value) if among[item] else np.nan)
+    assert np.isnan(expected).any()
+    for found in run_ranks(among_in_parts, world, scores, target, among):
+        np.testing.assert_array_equal(found, expected)
 
 
 @given(st.integers(1, 50), st.integers(1, 8))

@@ -24,6 +24,7 @@ RANKED = Ranked(
     rank=np.array([1.0, 20.0, 2.0, 10.5]),
     top=np.array([[0, 1], [1, 3], [3, 1], [3, -1]]),
     history_length=np.array([49, 50, 199, 200]),
+    cold_rank=np.array([11.0, np.nan, np.nan, np.nan]),
 )
 STORES = {"title": np.array([3, -1, 0, 1])}
 
@@ -46,6 +47,7 @@ def test_row_of_the_table_has_means_intervals_coverage_and_slices() -> None:
     ndcg = [1.0, 0.0, 1 / np.log2(3), 0.0]
     assert row["row"] == "model"
     assert row["hr@10"] == 0.5
+    assert (row["cold_hr@10"], row["cold_among_hr@10"]) == (1.0, 0.0)
     assert row["ndcg@10"] == pytest.approx(np.mean(ndcg))
     assert row["mrr"] == pytest.approx(np.mean([1, 1 / 20, 1 / 2, 1 / 10.5]))
     assert row["coverage"] == 0.75
@@ -78,7 +80,7 @@ def test_parts_are_joined_by_user_whoever_evaluated_them() -> None:
     ]
     joined = Ranked.concatenate(parts)
     for name in Ranked.__dataclass_fields__:
-        assert np.array_equal(getattr(joined, name), getattr(RANKED, name))
+        np.testing.assert_array_equal(getattr(joined, name), getattr(RANKED, name))
 
 
 def test_histograms_count_everything_once() -> None:
