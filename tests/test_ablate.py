@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from torchx_apps import ablate
+from mufasa_rec.data.schema import DatasetManifest
+from torchx_apps import ablate, ablate_fusion
 from torchx_apps.ablate import config_hash, main, parse
 from torchx_apps.local_job import Job
 
@@ -22,8 +23,9 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
 
     def run(job: Job, log_dir: Path, threads: int = 1) -> float:
         started.append(job)
-        options = dict(zip(job.program_args[::2], job.program_args[1::2]))
-        if job.component == "train":
+        given = list(job.program_args)
+        options = {flag: given[place + 1] for place, flag in enumerate(given[:-1]) if flag.startswith("--")}
+        if job.component != "evaluate":
             Path(options["--run"]).mkdir(parents=True)
             (Path(options["--run"]) / "summary.json").write_text(json.dumps({"best": {"ndcg@10": 0.5}}))
             return 1.0
@@ -33,10 +35,12 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
         (folder / "evaluation.json").write_text(json.dumps({"rows": [row]}))
         users = np.arange(20)
         ranks = {"user": users, "target_row": users, "history_length": users, "rank.model": 1.0 + users}
+        ranks |= {"target_events": users, "cold_rank.model": np.where(users, np.nan, 2.0), "cold_items": np.array([30])}
         save_file(ranks, folder / "ranks.safetensors")
         return 1.0
 
     monkeypatch.setattr(ablate, "run_job", run)
+    monkeypatch.setattr(ablate_fusion, "run_job", run)
     return started
 
 
@@ -70,6 +74,24 @@ def test_a_cell_is_another_one_when_its_result_could_be(dataset: str, tmp_path: 
     assert config_hash(elsewhere, "split") == config_hash(config, "split")
 
 
+def test_fused_cell_is_another_one_when_its_vectors_could_be(dataset: str, tmp_path: Path) -> None:
+    common = ["fusion", "--output", str(tmp_path), "--data.dataset", dataset]
+    grid, other = parse(common), parse([*common, "--fuse", "--layer.width 32"])
+    stems = {grid.stem(variant, 0) for variant in grid.configs}
+    assert len(stems) == 6
+    assert not stems & {other.stem(variant, 0) for variant in other.configs}
+    assert parse([*common, "--fuse", "--threads 2"]).stem("all", 0) == grid.stem("all", 0)
+
+
+def test_variant_that_fuses_what_the_data_lacks_is_left_out(
+    dataset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["content", "--output", str(tmp_path), "--data.dataset", dataset]
+    grid = parse([*common, "--fuse", "--layer.anchor plot", "--versus", "raw"])
+    assert list(grid.configs) == ["raw", "title"]
+    assert "fused: left out: fuse: data set" in capsys.readouterr().out
+
+
 def test_variant_that_the_data_has_nothing_for_is_named_and_left_out(
     dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -81,6 +103,31 @@ def test_variant_that_the_data_has_nothing_for_is_named_and_left_out(
     assert "timegap" not in grid.configs
     assert "coherence" in grid.configs
     assert "timegap: left out: model.extractor.pattern.segmentation='timegap'" in capsys.readouterr().out
+
+
+def test_variants_that_fuse_share_one_fusion_of_a_seed_in_a_view_of_the_data_set(
+    dataset: str, tmp_path: Path, jobs: list[Job]
+) -> None:
+    before = (Path(dataset) / "dataset.json").read_bytes()
+    shared = ["--output", str(tmp_path), "--data.dataset", dataset, "--seeds", "0", "--fuse", "--trainer.epochs 2"]
+    assert main(["content", *shared, "--processes", "1"]) == 0
+    assert main(["rare", *shared, "--data.min-count", "2"]) == 0
+    assert [job.component for job in jobs] == ["fuse", *["train", "evaluate"] * 6]
+    assert {job.processes for job in jobs[:7]} == {1}
+    flags = [" ".join(job.program_args) for job in jobs if job.component == "train"]
+    for text, place in (("fused", 0), ("image title", 1), ("title", 2), ("fused", 3), ("image title", 5)):
+        assert f"--data.modalities {text} --" in flags[place]
+    assert "--model.use-content False" in flags[4]
+    fuse, train = (next(job for job in jobs if job.component == name) for name in ("fuse", "train"))
+    assert "--trainer.epochs 2" in " ".join(fuse.program_args)
+    table = (tmp_path / "table.md").read_text()
+    assert "ranked among the 30 items without a training event; a random order hits 0.3333 (1)" in table
+    view = Path(fuse.program_args[fuse.program_args.index("--dataset") + 1])
+    assert train.program_args.count("--data.dataset") == 1
+    assert train.program_args[train.program_args.index("--data.dataset") + 1] == str(view)
+    assert sorted(link.name for link in (view / "content").iterdir()) == ["image", "title"]
+    assert DatasetManifest.load(view).splits == DatasetManifest.load(dataset).splits
+    assert (Path(dataset) / "dataset.json").read_bytes() == before
 
 
 @pytest.mark.parametrize(

@@ -34,13 +34,22 @@ class Job:
     name: str
     component: str
     program_args: Sequence[str]
+    processes: int = 2
 
     def command(self, log_dir: Path, threads: int = 1) -> list[str]:
-        """Return the command line, for 2 processes on this machine."""
+        """Return the command line, for processes on this machine."""
         file = os.path.relpath(ROOT / "components" / f"{self.component}.py")
         return [
             *("torchx", "run", "-s", "local_cwd", "-cfg", f"log_dir={log_dir}"),
-            *(f"{file}:{self.component}", "-j", "1x2", "--threads", str(threads), "--", *self.program_args),
+            *(
+                f"{file}:{self.component}",
+                "-j",
+                f"1x{self.processes}",
+                "--threads",
+                str(threads),
+                "--",
+                *self.program_args,
+            ),
         ]
 
 

@@ -6,15 +6,18 @@ split can be compared user by user.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from mufasa_rec.evaluation.ranks import gains
+from mufasa_rec.evaluation.summary import FEW_EVENTS
 
 LONG_HISTORY = 200  # events
 _SAMPLES = 1000
+_KEYS = ("hr@10", "ndcg@10")
+Interval = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,9 @@ class Cell:
         target_row: Item row of each target, `[Q]`.
         rank: Mid-rank of each target, `[Q]`.
         history_length: Events before each target, `[Q]`.
+        target_events: Training events of each target, `[Q]`.
+        cold_rank: Mid-rank among the items without a training event, `[Q]`; NaN for a target that has one.
+        cold_items: Number of those items.
         seconds: Training and ranking.
     """
 
@@ -33,19 +39,56 @@ class Cell:
     target_row: np.ndarray
     rank: np.ndarray
     history_length: np.ndarray
+    target_events: np.ndarray = field(default_factory=lambda: np.empty(0))
+    cold_rank: np.ndarray = field(default_factory=lambda: np.empty(0))
+    cold_items: int = 0
     seconds: float = 0.0
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """A variant beside the rule, over the users of a slice and the seeds that both have.
+class Part:
+    """Users who are looked at together.
 
     Attributes:
-        users: Users of the slice.
+        title: What the table says of them, `{items}` standing for the number of cold items and `{chance}` for what a
+            random order of them hits.
+        users: Gives which users of a cell belong to it, `[Q]` bool.
+        rank: Gives the ranks that count, `[Q]`.
+    """
+
+    title: str
+    users: Callable[[Cell], np.ndarray]
+    rank: Callable[[Cell], np.ndarray] = lambda cell: cell.rank
+
+
+ALL = Part("all users", lambda cell: np.ones(len(cell.user), bool))
+LONG = Part(f"users with {LONG_HISTORY} events and more", lambda cell: cell.history_length >= LONG_HISTORY)
+RARE = Part(f"targets with at most {FEW_EVENTS} training events", lambda cell: _events(cell) <= FEW_EVENTS)
+COLD = Part("targets without a training event", lambda cell: _events(cell) == 0)
+AMONG_COLD = Part(
+    "the same, ranked among the {items:,} items without a training event; a random order hits {chance:.4f}",
+    lambda cell: _events(cell) == 0,
+    lambda cell: cell.cold_rank,
+)
+PARTS = (ALL, LONG, RARE, COLD, AMONG_COLD)
+
+
+def _events(cell: Cell) -> np.ndarray:
+    """Training events of each target; a cell that was ranked before they were written down has none to tell."""
+    return cell.target_events if len(cell.target_events) else np.full(len(cell.user), np.inf)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A variant beside the rule, over the users of a part and the seeds that both have.
+
+    Attributes:
+        users: Users of the part.
         seeds: Seeds of the variant.
         hr: Mean HR@10 of the variant.
         ndcg: Mean NDCG@10 of the variant.
-        difference: Mean paired difference of NDCG@10, and its 95 % interval; None for the rule itself.
+        hr_difference: Mean paired difference of HR@10, and its 95 % interval; None for the rule itself.
+        difference: The same of NDCG@10.
         ratio: The variant's NDCG@10 over the rule's, and its 95 % interval; None for the rule itself.
     """
 
@@ -53,11 +96,12 @@ class Comparison:
     seeds: int
     hr: float
     ndcg: float
-    difference: tuple[float, float, float] | None = None
-    ratio: tuple[float, float, float] | None = None
+    hr_difference: Interval | None = None
+    difference: Interval | None = None
+    ratio: Interval | None = None
 
 
-def compare(variant: Mapping[int, Cell], rule: Mapping[int, Cell] | None, *, min_history: int = 0) -> Comparison | None:
+def compare(variant: Mapping[int, Cell], rule: Mapping[int, Cell] | None, part: Part = ALL) -> Comparison | None:
     """Compare the cells of a variant with those of the rule, by seed.
 
     Users are resampled, each with the mean of its differences over the seeds: the interval says what other users would
@@ -66,7 +110,7 @@ def compare(variant: Mapping[int, Cell], rule: Mapping[int, Cell] | None, *, min
     Args:
         variant: Cells by seed.
         rule: Cells by seed of what it is compared with; None for the rule itself.
-        min_history: Fewest events before the target of the users that count.
+        part: The users that count.
 
     Returns:
         The comparison; None where no user counts.
@@ -75,27 +119,30 @@ def compare(variant: Mapping[int, Cell], rule: Mapping[int, Cell] | None, *, min
         ValueError: When cells rank different users or targets.
     """
     first = next(iter(variant.values()))
-    counts = first.history_length >= min_history
+    counts = part.users(first)
     if not counts.any():
         return None
     for cell in [*variant.values(), *(rule or {}).values()]:
         if not (np.array_equal(cell.user, first.user) and np.array_equal(cell.target_row, first.target_row)):
             raise ValueError("cells: they rank different users or targets; train and evaluate all on one split.")
-    hr, ndcg = (np.mean([gains(cell.rank)[key][counts].mean() for cell in variant.values()]) for key in _KEYS)
+    hr, ndcg = _per_user(list(variant.values()), part, counts).mean(axis=1)
     result = Comparison(int(counts.sum()), len(variant), float(hr), float(ndcg))
     seeds = sorted(variant.keys() & (rule or {}).keys())
     if rule is None or not seeds:
         return result
-    mine, theirs = (_per_user([cells[seed] for seed in seeds], counts) for cells in (variant, rule))
-    sampled = _resampled(np.stack([mine, theirs]))
-    difference = (float((mine - theirs).mean()), *_interval(sampled[:, 0] - sampled[:, 1]))
-    whole = max(float(theirs.mean()), 1e-12)
-    ratio = (float(mine.mean()) / whole, *_interval(sampled[:, 0] / np.maximum(sampled[:, 1], 1e-12)))
-    return Comparison(result.users, result.seeds, result.hr, result.ndcg, difference, ratio)
+    both = np.stack([_per_user([cells[seed] for seed in seeds], part, counts) for cells in (variant, rule)])
+    sampled = _resampled(both)  # [samples, variant and rule, HR and NDCG]
+    mine, theirs = both.mean(axis=2)
+    hr_difference, difference = (
+        (float(mine[key] - theirs[key]), *_interval(sampled[:, 0, key] - sampled[:, 1, key])) for key in (0, 1)
+    )
+    whole = max(float(theirs[1]), 1e-12)
+    ratio = (float(mine[1]) / whole, *_interval(sampled[:, 0, 1] / np.maximum(sampled[:, 1, 1], 1e-12)))
+    return Comparison(result.users, result.seeds, result.hr, result.ndcg, hr_difference, difference, ratio)
 
 
 def markdown(variants: Mapping[str, Mapping[int, Cell]], rule: str) -> str:
-    """The table of a grid, for all users and for those with a long history.
+    """The table of a grid, in parts: all users, long histories, rare and cold targets, as far as there are some.
 
     Args:
         variants: Cells by variant and seed; variants without a cell are left out.
@@ -105,37 +152,39 @@ def markdown(variants: Mapping[str, Mapping[int, Cell]], rule: str) -> str:
         Markdown.
     """
     lines = []
-    for title, least in (("all users", 0), (f"users with {LONG_HISTORY} events and more", LONG_HISTORY)):
+    for part in PARTS:
         rows = []
         for name, cells in variants.items():
             against = None if name == rule else variants.get(rule)
-            found = compare(cells, against, min_history=least) if cells else None
+            found = compare(cells, against, part) if cells else None
             if found is not None:
                 minutes = np.mean([cell.seconds for cell in cells.values()]) / 60
                 rows.append((name, found, minutes))
         if not rows:
             continue
+        cold = next((cell.cold_items for cells in variants.values() for cell in cells.values()), 0)
+        title = part.title.format(items=cold, chance=min(10 / max(cold, 1), 1.0))
         lines += [f"### {title} ({rows[0][1].users:,})", ""]
-        lines.append(f"| variant | seeds | HR@10 | NDCG@10 | difference to {rule} | ratio to {rule} | minutes |")
-        lines.append("|---|---|---|---|---|---|---|")
+        lines.append(
+            f"| variant | seeds | HR@10 | difference to {rule} | NDCG@10 | difference to {rule} | ratio | minutes |"
+        )
+        lines.append("|---|---|---|---|---|---|---|---|")
         lines += [_line(name, found, minutes) for name, found, minutes in rows]
         lines.append("")
     return "\n".join(lines)
 
 
-_KEYS = ("hr@10", "ndcg@10")
-
-
-def _per_user(cells: Sequence[Cell], counts: np.ndarray) -> np.ndarray:
-    """Mean NDCG@10 of each user that counts, over cells."""
-    return np.mean([gains(cell.rank)["ndcg@10"][counts] for cell in cells], axis=0)
+def _per_user(cells: Sequence[Cell], part: Part, counts: np.ndarray) -> np.ndarray:
+    """Mean HR@10 and NDCG@10 over cells of each user that counts, `[2, users]`."""
+    found = [gains(part.rank(cell)[counts]) for cell in cells]
+    return np.stack([np.mean([gain[key] for gain in found], axis=0) for key in _KEYS])
 
 
 def _resampled(values: np.ndarray) -> np.ndarray:
-    """Means `[samples, n]` of `values [n, Q]` over users drawn with replacement, the same for each row."""
+    """Means `[samples, ...]` of `values [..., Q]` over users drawn with replacement, the same for all of them."""
     rng = np.random.default_rng(0)
-    users = values.shape[1]
-    return np.stack([values[:, rng.integers(0, users, users)].mean(axis=1) for _ in range(_SAMPLES)])
+    users = values.shape[-1]
+    return np.stack([values[..., rng.integers(0, users, users)].mean(axis=-1) for _ in range(_SAMPLES)])
 
 
 def _interval(values: np.ndarray) -> tuple[float, float]:
@@ -143,8 +192,9 @@ def _interval(values: np.ndarray) -> tuple[float, float]:
 
 
 def _line(name: str, found: Comparison, minutes: float) -> str:
-    difference, ratio = "–", "–"
-    if found.difference is not None and found.ratio is not None:
-        difference = "{:+.4f} [{:+.4f}, {:+.4f}]".format(*found.difference)
-        ratio = "{:.3f} [{:.3f}, {:.3f}]".format(*found.ratio)
-    return f"| {name} | {found.seeds} | {found.hr:.4f} | {found.ndcg:.4f} | {difference} | {ratio} | {minutes:.1f} |"
+    hr, ndcg = (
+        "–" if one is None else "{:+.4f} [{:+.4f}, {:+.4f}]".format(*one)
+        for one in (found.hr_difference, found.difference)
+    )
+    ratio = "–" if found.ratio is None else "{:.3f} [{:.3f}, {:.3f}]".format(*found.ratio)
+    return f"| {name} | {found.seeds} | {found.hr:.4f} | {hr} | {found.ndcg:.4f} | {ndcg} | {ratio} | {minutes:.1f} |"

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mufasa_rec.evaluation.grid import Cell, compare, markdown
+from mufasa_rec.evaluation.grid import AMONG_COLD, RARE, Cell, Part, compare, markdown
 from mufasa_rec.evaluation.ranks import gains
 
 
@@ -33,13 +33,37 @@ def test_difference_and_ratio_are_those_of_the_means_and_lie_in_their_intervals(
     assert found.difference[2] < 0
 
 
+def since(events: int) -> Part:
+    return Part("long", lambda cell: cell.history_length >= events)
+
+
 def test_only_seeds_that_both_have_are_paired_and_short_histories_can_be_left_out() -> None:
     rule = {0: cell(0)}
-    found = compare({0: cell(0), 5: cell(5)}, rule, min_history=300)
+    found = compare({0: cell(0), 5: cell(5)}, rule, since(300))
     assert found is not None
     assert (found.users, found.seeds) == (100, 2)
     assert found.difference == (0.0, 0.0, 0.0)
-    assert compare(rule, rule, min_history=400) is None
+    assert compare(rule, rule, since(400)) is None
+
+
+def test_rare_and_cold_targets_have_parts_of_their_own() -> None:
+    whole = cell(0)
+    events = np.arange(400) % 20
+    among = np.where(events == 0, 3.0, np.nan)
+    whole = replace(whole, target_events=events, cold_rank=among, cold_items=40)
+    found = compare({0: whole}, {0: replace(whole, rank=whole.rank + 100)}, RARE)
+    assert found is not None
+    assert found.users == 400 * 6 // 20
+    assert found.hr == pytest.approx((whole.rank[events <= 5] <= 10).mean())
+    assert found.hr_difference is not None
+    assert found.hr_difference[0] == pytest.approx(found.hr)
+    assert found.hr_difference[1] > 0
+    cold = compare({0: whole}, None, AMONG_COLD)
+    assert cold is not None
+    assert (cold.users, cold.hr) == (20, 1.0)
+    text = markdown({"fused": {0: whole}}, "fused")
+    assert "ranked among the 40 items without a training event; a random order hits 0.2500 (20)" in text
+    assert "### targets with at most 5 training events (120)" in text
 
 
 def test_cells_of_other_targets_are_refused() -> None:
