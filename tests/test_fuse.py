@@ -223,6 +223,37 @@ def test_encoding_goes_on_where_it_stopped(own: str, tmp_path: Path, monkeypatch
     assert not list((tmp_path / "run").glob("fused-*"))
 
 
+def encode_slowly(env: DistributedEnv, config: FuseConfig, folder: Path, kill_in: int | None = None) -> tuple[str, int]:
+    """A run with blocks of 16 items, ended in its block `kill_in` on the last rank; and how many items it encoded."""
+    done, real = [0], fusion_encode.encode
+
+    def counting(layer: Any, contents: Any, rows: np.ndarray, chunk: int) -> np.ndarray:
+        if len(rows) <= 16:
+            done.append(len(rows))
+            if len(done) - 1 == kill_in and env.rank == env.world_size - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return real(layer, contents, rows, chunk)
+
+    fusion_encode._BLOCK, fusion_encode.encode = 16, counting
+    try:
+        return attempt(env, config, folder), sum(done)
+    finally:
+        fusion_encode.encode = real
+
+
+def test_encoding_that_is_asked_to_stop_ends_with_the_code_and_goes_on(own: str, tmp_path: Path) -> None:
+    config, folder = config_of(own), tmp_path / "run"
+    first = run_ranks(encode_slowly, 2, config, folder, 2)
+    assert [said for said, _ in first] == [f"exit {EXIT_CODE}"] * 2
+    assert "fused" not in DatasetManifest.load(own).content
+    assert not (folder / "summary.json").exists()
+    second = run_ranks(encode_slowly, 2, config, folder)
+    assert [said for said, _ in second] == ["done", "done"]
+    assert first[1][1] == 32  # the block in which it was asked is finished, and no other is begun
+    assert sum(number for _, number in [*first, *second]) == DatasetManifest.load(own).items.count
+    assert "fused" in DatasetManifest.load(own).content
+
+
 def test_run_with_other_settings_is_refused(own: str, tmp_path: Path) -> None:
     config = config_of(own)
     (tmp_path / "run").mkdir()

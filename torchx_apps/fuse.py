@@ -32,6 +32,7 @@ from mufasa_rec.training.fusion_file import LAYER_FILE, TrainedLayer
 from mufasa_rec.training.fusion_items import FusionItems
 from mufasa_rec.training.fusion_trainer import FusionSurroundings, FusionTrainer, NoTables
 from mufasa_rec.training.optim import TrainOptimizer
+from mufasa_rec.training.preemption import Preempted, StopAgreed, StopSignals
 from mufasa_rec.training.saver import Saver
 from mufasa_rec.training.tracker import Tracker
 from mufasa_rec.versions import code_versions
@@ -160,16 +161,34 @@ def _fuse(
         logger.info("continues from checkpoint %s, written by %d ranks", newest.name, newest.world_size)
     result = trainer.fit()
     result["threshold"] = threshold
-    result["fused"] = fuse_catalog.encode_all(config, folder, items, module, data, exchange)
-    if env.is_main:
-        about = (assembly.genre_name(config, data), run_folder.dataset_facts(data))
-        TrainedLayer.of(module.layer, *about).save(folder / LAYER_FILE)
-        fuse_report.write_report(config, folder, items, module.layer, data, result)
-        with paths.atomic_write(folder / "summary.json") as path:
-            path.write_text(json.dumps(result, indent=2))
-        logger.info("done: best loss on held-out items %.4f at step %d; run folder %s",
-                    result["best"]["loss"], result["best"]["step"], folder)  # fmt: skip
+    with StopSignals(config.checkpoint.grace_s) as signals:
+        try:
+            where = (config, folder, items, module, data, exchange)
+            result["fused"] = fuse_catalog.encode_all(*where, lambda: signals.received is not None)
+        except StopAgreed:
+            logger.info("asked to stop while encoding: what is encoded is kept; start the same command again")
+            raise Preempted from None
+        if env.is_main:
+            _finish(config, folder, items, module, data, result)
     return result
+
+
+def _finish(
+    config: FuseConfig,
+    folder: Path,
+    items: FusionItems,
+    module: assembly.Fuser,
+    data: OpenDataset,
+    result: dict[str, Any],
+) -> None:
+    """Write the layer, the report, and last the summary, by which others see that the run has ended."""
+    layer = TrainedLayer.of(module.layer, assembly.genre_name(config, data), run_folder.dataset_facts(data))
+    layer.save(folder / LAYER_FILE)
+    fuse_report.write_report(config, folder, items, module.layer, data, result)
+    with paths.atomic_write(folder / "summary.json") as path:
+        path.write_text(json.dumps(result, indent=2))
+    logger.info("done: best loss on held-out items %.4f at step %d; run folder %s",
+                result["best"]["loss"], result["best"]["step"], folder)  # fmt: skip
 
 
 def _about(config: FuseConfig, data: OpenDataset, module: assembly.Fuser) -> dict[str, Any]:

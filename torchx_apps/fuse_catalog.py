@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,13 @@ logger = logging.getLogger(__name__)
 
 
 def encode_all(
-    config: FuseConfig, folder: Path, items: FusionItems, module: Fuser, data: OpenDataset, exchange: RankExchange
+    config: FuseConfig,
+    folder: Path,
+    items: FusionItems,
+    module: Fuser,
+    data: OpenDataset,
+    exchange: RankExchange,
+    stop: Callable[[], bool],
 ) -> dict[str, Any]:
     """Encode the catalog with the best weights of a run and pin the generation in `dataset.json`; collective.
 
@@ -46,6 +52,9 @@ def encode_all(
 
     Returns:
         Modality, generation, checksum, model id and number of items.
+
+    Raises:
+        StopAgreed: When `stop` said so on some rank; the same command goes on where it stopped.
     """
     best = exchange.objects(_best(config, folder) if exchange.rank == 0 else None)[0]
     check_intact(best, exchange)
@@ -60,7 +69,7 @@ def encode_all(
         chunk=config.chunk,
     )
     ids = np.ascontiguousarray(np.asarray(data.catalog.items.ids)[rows])
-    manifest = encode_catalog(module.layer, items.content, rows, ids, target, exchange)
+    manifest = encode_catalog(module.layer, items.content, rows, ids, target, exchange, stop=stop)
     on_all_ranks(exchange, lambda: _pin(data, manifest) if exchange.rank == 0 else None)
     if exchange.rank == 0:
         missing = len(data.catalog) - len(rows)

@@ -115,6 +115,13 @@ def _header(rows: int, width: int, dtype: str) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
+def _vectors_at(file: Path) -> int:
+    """Byte at which a segment's vectors begin."""
+    with file.open("rb") as handle:
+        size = int.from_bytes(handle.read(8), "little")
+        return 8 + size + json.loads(handle.read(size))["vector"]["data_offsets"][0]
+
+
 class MappedSegment:
     """One segment's tensors, mapped without a copy."""
 
@@ -141,6 +148,8 @@ class MappedSegment:
         self.ids, self.sorted_ids = tensors["id"].numpy(), tensors["sorted_id"].numpy()
         self.sorted_rows = tensors["sorted_row"].numpy()
         self._vectors, self._scales = tensors["vector"], tensors.get("scale")
+        self._file = paths.local_copy(url)
+        self._start = _vectors_at(self._file)
 
     def half(self, start: int, stop: int) -> torch.Tensor:
         """Rows `[start, stop)` in float16; int8 is scaled in float32 first."""
@@ -148,6 +157,17 @@ class MappedSegment:
         if self._scales is None:
             return vectors
         return (vectors.float() * self._scales[start:stop, None]).half()
+
+    def copied(self, start: int, stop: int) -> np.ndarray:
+        """Rows `[start, stop)` in float32, read from the file: pages of the map that were touched stay in memory."""
+        width, size = self._vectors.shape[1], self._vectors.element_size()
+        dtype = np.float16 if self._scales is None else np.int8
+        at = self._start + start * width * size
+        stored = np.fromfile(self._file, dtype, (stop - start) * width, offset=at).reshape(-1, width)
+        vectors = torch.from_numpy(stored).float().numpy()  # several times as fast as numpy's own
+        if self._scales is not None:
+            vectors *= self._scales.numpy()[start:stop, None]
+        return vectors
 
     def gather(self, rows: np.ndarray) -> np.ndarray:
         """Some rows in float32."""

@@ -115,6 +115,25 @@ class ContentStore:
             return parts[0]
         return torch.cat(parts) if parts else torch.empty(0, self.width, dtype=torch.float16)
 
+    def copied(self, start: int, stop: int) -> np.ndarray:
+        """Contiguous rows for those who go through a whole store: memory holds what is returned and nothing else.
+
+        Args:
+            start: First row.
+            stop: Row after the last.
+
+        Returns:
+            Vectors, float32 `[stop - start, P]`.
+        """
+        if not 0 <= start <= stop <= self.rows:
+            raise ValueError(f"rows [{start}, {stop}) of `{self.name}`: the store has {self.rows} rows; stay inside")
+        parts = [np.empty((0, self.width), np.float32)]
+        for first, segment in zip(self._starts, self._segments, strict=False):
+            low, high = max(start - first, 0), min(stop - first, segment.rows)
+            if low < high:
+                parts.append(segment.copied(int(low), int(high)))
+        return parts[1] if len(parts) == 2 else np.concatenate(parts)
+
     def gather(self, rows: np.ndarray) -> np.ndarray:
         """Vectors of some rows.
 

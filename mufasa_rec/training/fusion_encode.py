@@ -21,6 +21,7 @@ from mufasa_rec.data.content import ContentManifest, ContentStore, generations, 
 from mufasa_rec.distributed.agreement import on_all_ranks
 from mufasa_rec.distributed.collectives import RankExchange
 from mufasa_rec.modules.fusion import FusionLayer, ItemContent
+from mufasa_rec.training.preemption import StopAgreed
 
 logger = logging.getLogger(__name__)
 ENCODER = "mufasa-fusion"
@@ -79,8 +80,19 @@ def encode(layer: FusionLayer, contents: Contents, rows: np.ndarray, chunk: int)
     return found
 
 
+def _never() -> bool:
+    return False
+
+
 def encode_catalog(
-    layer: FusionLayer, contents: Contents, rows: np.ndarray, ids: np.ndarray, target: Target, exchange: RankExchange
+    layer: FusionLayer,
+    contents: Contents,
+    rows: np.ndarray,
+    ids: np.ndarray,
+    target: Target,
+    exchange: RankExchange,
+    *,
+    stop: Callable[[], bool] = _never,
 ) -> ContentManifest:
     """Write fused vectors as a new generation; collective. The same layer's generation is found instead of made again.
 
@@ -91,6 +103,7 @@ def encode_catalog(
         ids: Their raw ids, int64 `[n]`.
         target: Where they go.
         exchange: Reaches the other ranks.
+        stop: Says whether this rank was asked to stop; asked before each block.
 
     Returns:
         The generation's manifest.
@@ -98,13 +111,14 @@ def encode_catalog(
     Raises:
         ValueError: When a vector is not finite.
         OSError: When something cannot be written.
+        StopAgreed: When a rank was asked to stop; the blocks that are there stay.
     """
     layer.eval()
-    folder = target.work / f"fused-{target.model}-{hashlib.sha256(ids.tobytes()).hexdigest()[:8]}"
+    folder = block_folder(target, ids)
     there = on_all_ranks(exchange, lambda: _existing(target, ids) if exchange.rank == 0 else None)
     there = exchange.objects(there)[0]
     if there is None:
-        on_all_ranks(exchange, lambda: _blocks(layer, contents, rows, folder, target.chunk, exchange))
+        encode_blocks(layer, contents, rows, folder, target.chunk, exchange, stop=stop)
         there = on_all_ranks(exchange, lambda: _write(target, ids, folder, layer) if exchange.rank == 0 else None)
         there = exchange.objects(there)[0]
     assert there is not None
@@ -123,10 +137,40 @@ def _existing(target: Target, ids: np.ndarray) -> ContentManifest | None:
     return None
 
 
-def _blocks(
-    layer: FusionLayer, contents: Contents, rows: np.ndarray, folder: Path, chunk: int, exchange: RankExchange
+def block_folder(target: Target, ids: np.ndarray) -> Path:
+    """Where the blocks of a layer and these ids lie until all are there."""
+    return target.work / f"fused-{target.model}-{hashlib.sha256(ids.tobytes()).hexdigest()[:8]}"
+
+
+def encode_blocks(
+    layer: FusionLayer,
+    contents: Contents,
+    rows: np.ndarray,
+    folder: Path,
+    chunk: int,
+    exchange: RankExchange,
+    *,
+    stop: Callable[[], bool] = _never,
 ) -> None:
-    """Encode this rank's blocks that are not there yet."""
+    """Encode the blocks that are not there yet, each rank its share; collective. See `encode_catalog`.
+
+    Raises:
+        StopAgreed: When a rank was asked to stop.
+    """
+    on_all_ranks(exchange, lambda: _own_blocks(layer, contents, rows, folder, chunk, exchange, stop))
+    if any(exchange.objects(stop())):
+        raise StopAgreed
+
+
+def _own_blocks(
+    layer: FusionLayer,
+    contents: Contents,
+    rows: np.ndarray,
+    folder: Path,
+    chunk: int,
+    exchange: RankExchange,
+    stop: Callable[[], bool],
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     begin = told = time.perf_counter()
     done = 0
@@ -135,6 +179,8 @@ def _blocks(
         mine = rows[number * _BLOCK : (number + 1) * _BLOCK]
         if file.exists():
             continue
+        if stop():
+            break
         with paths.atomic_write(file) as path, path.open("wb") as handle:
             np.save(handle, encode(layer, contents, mine, chunk))
         done += len(mine)

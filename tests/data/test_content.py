@@ -384,3 +384,15 @@ def test_example_of_the_docs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert found["rows"].tolist() == [2, 0, -1]
     np.testing.assert_allclose(found["vectors"][0], [0, 0.7071, 0.7071, 0], atol=0.01)
     assert found["shard"].shape == (1, 4)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_copied_rows_are_the_gathered_ones_over_segments(tmp_path: Path, dtype: str) -> None:
+    ids, vectors = some_vectors(20)
+    write_content(tmp_path, "title", ids[:13], vectors[:13], dtype=dtype, **ENCODER)
+    append_content(tmp_path, "title", ids[13:], vectors[13:], **ENCODER)
+    store = ContentStore.open(tmp_path, "title", "1")
+    for start, stop in ((0, 20), (5, 13), (13, 20), (9, 16), (4, 4)):
+        np.testing.assert_array_equal(store.copied(start, stop), store.gather(np.arange(start, stop)))
+    with pytest.raises(ValueError, match="the store has 20 rows; stay inside"):
+        store.copied(3, 21)
