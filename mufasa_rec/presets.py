@@ -66,14 +66,14 @@ def short() -> RunConfig:
 
 
 def brief() -> RunConfig:
-    """Two minutes in one process on MovieLens-1M: comparisons of content, by full attention over 100 events."""
+    """Two to three minutes in one process on MovieLens-1M: comparisons of content, by full attention over 100 events."""
     return RunConfig(
         data=DataConfig(batch_size=64, max_history=100),
         model=RetrieverConfig(width=64, extractor=SparseAttentionConfig(dropout=0.1)),
         optimizer=OptimizerConfig(
             learning_rate=3e-3, warmup_steps=100, tables=TableOptimizerConfig(name="adagrad", learning_rate=0.03)
         ),
-        trainer=TrainerConfig(epochs=4, validate_every=2, patience=0),
+        trainer=TrainerConfig(epochs=3, validate_every=1, patience=0),
     )
 
 

@@ -65,3 +65,12 @@ def test_requests_of_eight_candidates_save_user_side_work() -> None:
     saved = {name: value for name, value in rows.items() if name.endswith("user-side operations saved")}
     assert len(saved) == 3
     assert all(value >= 5.6 for value in saved.values()), saved
+
+
+def test_encoding_is_measured_beside_the_matrix_products_alone(tmp_path: Path) -> None:
+    main(["encode", "--small", "--processes", "1", "--folder", str(tmp_path), "--json", str(tmp_path / "rows.json")])
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["unit"] for row in rows] == ["items/s", "items/s", "x", "items/s", "GiB"]
+    assert all(row["checked"] and row["median"] > 0 and row["shape"]["items"] == 3000 for row in rows)
+    assert rows[2]["median"] == pytest.approx(rows[0]["median"] / rows[1]["median"])
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.json"]  # the catalog is gone
