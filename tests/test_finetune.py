@@ -52,6 +52,7 @@ def source(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
         dataset=str(folder / "dataset"),
         layer=FusionConfig(width=16, num_heads=2),
         trainer=FusionTrainerConfig(batch_size=32, max_steps=4),
+        report=False,
     )
     run_ranks(fuse_in, 1, config, folder / "fusion")
     yield folder

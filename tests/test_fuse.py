@@ -57,6 +57,7 @@ def config_of(dataset: str, **changes: Any) -> FuseConfig:
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=2),
         trainer=FusionTrainerConfig(batch_size=32, epochs=99, max_steps=STEPS, log_every=3, holdout=0.15),
         checkpoint=CheckpointConfig(keep_last=50, every_minutes=None),
+        report=False,
     )
     return replace(config, **changes)
 
@@ -126,7 +127,7 @@ def test_neighbours_are_those_of_a_loop(dataset: str) -> None:
 
 
 def test_run_writes_a_generation_that_the_data_set_pins_and_new_items_are_appended(own: str, tmp_path: Path) -> None:
-    folder, config = tmp_path / "run", config_of(own)
+    folder, config = tmp_path / "run", config_of(own, report=True)
     run_ranks(attempt, 1, config, folder)
     manifest = DatasetManifest.load(own)
     ref = manifest.content["fused"]

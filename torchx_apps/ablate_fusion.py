@@ -25,7 +25,7 @@ from torchx_apps.fuse_config import FuseConfig, preset
 from torchx_apps.local_job import Job, run_job
 
 # What makes no other vectors: where things lie, the seed (which names the fusion itself), how a run is watched.
-_NO_PART = {"dataset", "checkpoint", "threads", "seed", "chunk"}
+_NO_PART = {"dataset", "checkpoint", "threads", "seed", "chunk", "report"}
 _DONE = "summary.json"
 
 

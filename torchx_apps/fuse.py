@@ -184,7 +184,8 @@ def _finish(
     """Write the layer, the report, and last the summary, by which others see that the run has ended."""
     layer = TrainedLayer.of(module.layer, assembly.genre_name(config, data), run_folder.dataset_facts(data))
     layer.save(folder / LAYER_FILE)
-    fuse_report.write_report(config, folder, items, module.layer, data, result)
+    if config.report:
+        fuse_report.write_report(config, folder, items, module.layer, data, result)
     with paths.atomic_write(folder / "summary.json") as path:
         path.write_text(json.dumps(result, indent=2))
     logger.info("done: best loss on held-out items %.4f at step %d; run folder %s",

@@ -22,7 +22,7 @@ from mufasa_rec.training.saver import CheckpointConfig
 
 # What may differ when a run is continued: it moves no weight of the steps that were done.
 CHANGEABLE = (
-    "dataset", "output", "chunk", "threads", "checkpoint",
+    "dataset", "output", "chunk", "threads", "report", "checkpoint",
     "trainer.epochs", "trainer.max_steps", "trainer.patience", "trainer.log_every",
 )  # fmt: skip
 
@@ -48,6 +48,7 @@ class FuseConfig:
         checkpoint: When the run is saved, and where.
         output: Name of the modality that is written.
         chunk: Items of one forward pass when the catalog is encoded; a larger one leaves a CPU's cache.
+        report: Whether the space is measured at the end, and shown as a page.
         seed: Seed of weights, batches, held-out items and dropout.
         threads: Torch threads of a process on a CPU.
     """
@@ -64,6 +65,7 @@ class FuseConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     output: str = "fused"
     chunk: int = 1024
+    report: bool = True
     seed: int = 0
     threads: int = 1
 
