@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import dacite
 import yaml
@@ -17,13 +17,15 @@ import yaml
 from mufasa_rec.data import paths
 from mufasa_rec.data.loader import DataConfig
 from mufasa_rec.distributed.sharding import ShardingConfig
+from mufasa_rec.models.ranker_config import RankerConfig
 from mufasa_rec.models.retriever import RetrieverConfig
 from mufasa_rec.training.optim import OptimizerConfig
 from mufasa_rec.training.saver import CheckpointConfig
-from mufasa_rec.training.trainer_config import TrainerConfig
+from mufasa_rec.training.trainer_config import MONITORS, TrainerConfig
 from mufasa_rec.training.warm_start_plan import WarmStartConfig
 
 CONFIG_FILE = "config.yaml"
+Task = Literal["retrieval", "ranking"]
 # What may differ when a run is continued: it moves no weight and no row of the steps that were done.
 CHANGEABLE = (
     "data.dataset",
@@ -43,8 +45,10 @@ class RunConfig:
     """Everything about a run that is not in its data set.
 
     Attributes:
+        task: What is trained: a retriever of next items, or a ranker of impressions.
         data: What is read, and in which batches.
-        model: The retriever.
+        model: The retriever; a ranking run does not read it.
+        ranker: The ranker; a retrieval run does not read it.
         optimizer: How weights are updated.
         trainer: How long, and with what care.
         checkpoint: When the run is saved, and where.
@@ -56,8 +60,10 @@ class RunConfig:
         threads: Torch threads of a process on a CPU.
     """
 
+    task: Task = "retrieval"
     data: DataConfig = field(default_factory=DataConfig)
     model: RetrieverConfig = field(default_factory=RetrieverConfig)
+    ranker: RankerConfig = field(default_factory=RankerConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -70,6 +76,18 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.threads < 1:
             raise ValueError(f"threads={self.threads}: choose 1 or more.")
+        if self.task not in MONITORS:
+            raise ValueError(f"task={self.task!r}: choose one of {', '.join(MONITORS)}.")
+        if self.trainer.monitor not in MONITORS[self.task]:
+            raise ValueError(
+                f"trainer.monitor={self.trainer.monitor!r}: task {self.task!r} is judged by "
+                f"{', '.join(MONITORS[self.task])}; choose one of them."
+            )
+
+    @property
+    def uses_content(self) -> bool:
+        """Whether the model of the task reads content vectors."""
+        return self.ranker.content_interest != "none" if self.task == "ranking" else self.model.use_content
 
 
 def save_config(config: RunConfig, folder: paths.Location) -> None:
@@ -156,7 +174,7 @@ def merge_fields(base: dict[str, Any], given: dict[str, Any], file: str, prefix:
             near = difflib.get_close_matches(str(name), base, n=1)
             hint = f"did you mean {prefix}{near[0]}?" if near else f"known fields: {', '.join(base)}."
             raise ValueError(f"{file}: {prefix}{name} is not a field; {hint}")
-        nested = isinstance(base[name], dict)
+        nested = isinstance(base[name], dict) and bool(base[name])  # an empty one holds names of the user's
         if nested and not isinstance(value, dict):
             raise ValueError(f"{file}: {prefix}{name}={value!r} must be a group of fields: {', '.join(base[name])}.")
         result[name] = merge_fields(base[name], value, file, f"{prefix}{name}.") if nested else value

@@ -22,6 +22,7 @@ from mufasa_rec.distributed import sharding
 from mufasa_rec.distributed.collectives import RankExchange
 from mufasa_rec.distributed.env import DistributedEnv
 from mufasa_rec.evaluation.retrieval import Evaluator, RetrieverScorer
+from mufasa_rec.models.ranker import Ranker
 from mufasa_rec.models.retriever import FUSED, Retriever, RetrieverArch
 from mufasa_rec.modules.event_embedding import EventEmbedding, EventEmbeddingConfig
 from mufasa_rec.modules.item_fusion import ItemFusion
@@ -66,7 +67,7 @@ def open_dataset(config: RunConfig, vocabulary: ItemVocabulary | None = None) ->
         raise ValueError("data.dataset: missing; give the folder that `prepare` wrote, as `--data.dataset FOLDER`.")
     manifest = DatasetManifest.load(folder)
     ref, split = split_of(manifest, folder, config.data.split)
-    modalities = config.data.modalities if config.model.use_content else ()
+    modalities = config.data.modalities if config.uses_content else ()
     catalog = ItemLookup(
         folder, manifest, split, modalities=modalities, min_count=config.data.min_count, vocabulary=vocabulary
     )
@@ -85,6 +86,10 @@ def event_columns(config: RunConfig, data: OpenDataset) -> tuple[str, ...]:
 
 def make_loader(config: RunConfig, data: OpenDataset, part: str, env: DistributedEnv) -> Loader:
     """The loader of one part of the split; the training part draws negatives, the others do not."""
+    if data.ref.rows == "requests":
+        raise ValueError(
+            f"data.split={data.ref.id!r}: holds requests, not next events; choose another, or task: ranking."
+        )
     groups = list_row_groups(data.folder, data.manifest, data.ref, part)
     sampler = None
     actions = None
@@ -208,12 +213,19 @@ def content_tables(data: OpenDataset) -> tuple[str, ...]:
 
 def shard_retriever(config: RunConfig, data: OpenDataset, retriever: Retriever, device: torch.device) -> nn.Module:
     """Shard the retriever, draw its tables' weights, and read the content shard by shard."""
-    plan = sharding.make_plan(retriever, device, config.sharding)
+    return shard_model(config, data, retriever, config.model.init_std, device)
+
+
+def shard_model(
+    config: RunConfig, data: OpenDataset, model: Retriever | Ranker, init_std: float, device: torch.device
+) -> nn.Module:
+    """Shard a model, draw its tables' weights, and read the content shard by shard."""
+    plan = sharding.make_plan(model, device, config.sharding)
     if dist.get_rank() == 0:
         logger.info("plan:\n%s", sharding.describe(plan))
-    trained = [c.name for c in retriever.sparse.ids.embedding_configs()]
-    sharded = sharding.shard(retriever, plan, device)
-    sharding.initialise_tables(sharded, dict.fromkeys(trained, config.model.init_std), config.seed)
+    trained = [c.name for c in model.sparse.ids.embedding_configs()]
+    sharded = sharding.shard(model, plan, device)
+    sharding.initialise_tables(sharded, dict.fromkeys(trained, init_std), config.seed)
     stores = {table_name(f"content.{name}"): store.read for name, store in data.catalog.stores.items()}
     sharding.load_rows(sharded, stores)
     return sharded

@@ -1,9 +1,9 @@
-"""Evaluate trained runs by full ranking, beside popularity and a first-order Markov chain.
+"""Evaluate trained runs: retrievers by full ranking, beside popularity and a first-order Markov chain.
 
     python -m torchx_apps.evaluate --run RUN [--compare NAME=RUN,NAME=RUN] --output FOLDER
 
 Writes evaluation.json, summary.json, report.html, and the rank of every user's target in ranks.safetensors. With
-several runs they must use one data set and one split.
+several runs they must use one data set and one split. Rankers: see `torchx_apps.evaluate_ranking`.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from mufasa_rec.evaluation.summary import histograms, paired, summarise
 from mufasa_rec.models.baselines import Transitions, count_transitions
 from mufasa_rec.training.checkpoint import check_intact, find_checkpoint, load_model
 from torchx_apps import assembly, fusion_tuning, run_folder
+from torchx_apps.evaluate_ranking import evaluate_ranking
 
 logger = logging.getLogger(__name__)
 MODEL = "model"
@@ -48,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="evaluate", description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--run", required=True, metavar="FOLDER", help="run folder of the model")
+    parser.add_argument("--name", default=MODEL, help=f"name of its row ({MODEL})")
     parser.add_argument("--compare", default="", metavar="NAME=FOLDER,...", help="more runs, each a row of its own")
     parser.add_argument("--output", required=True, metavar="FOLDER", help="where the results are written")
     parser.add_argument("--part", default="test", choices=("validation", "test"), help="part of the split (test)")
@@ -57,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     options = parser.parse_args(argv)
     try:
-        runs = _runs(options.run, options.compare)
+        runs = _runs(options.run, options.compare, options.name)
         with distributed() as env:
             evaluate(
                 runs, Path(options.output), options.part, env, dataset=options.dataset, checkpoint=options.checkpoint
@@ -66,9 +68,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(f"evaluate: {error}") from error
 
 
-def _runs(run: str, compare: str) -> dict[str, str]:
+def _runs(run: str, compare: str, name: str = MODEL) -> dict[str, str]:
     """Run folders by row name, the model first."""
-    runs = {MODEL: run}
+    runs = {name: run}
     for pair in filter(None, compare.split(",")):
         name, sign, folder = pair.partition("=")
         if not sign or not name or not folder or name in runs:
@@ -101,8 +103,15 @@ def evaluate(
     """
     exchange = RankExchange()
     configs = {name: _config(folder, dataset) for name, folder in runs.items()}
+    tasks = {config.task for config in configs.values()}
+    if len(tasks) > 1:
+        raise ValueError(f"--compare: runs of different tasks ({', '.join(sorted(tasks))}); compare those of one.")
+    torch.set_num_threads(next(iter(configs.values())).threads)
+    if tasks == {"ranking"}:
+        return evaluate_ranking(runs, configs, output, part, env, checkpoint=checkpoint)
+    if MODEL not in runs:
+        raise ValueError(f"--name {next(iter(runs))}: rows of rankers have names; a retriever's is {MODEL!r}.")
     first = configs[MODEL]
-    torch.set_num_threads(first.threads)
     data = assembly.open_dataset(first, assembly.load_vocabulary(runs[MODEL]))
     evaluator = assembly.make_evaluator(first, data, part, env, exchange)
     ranked: dict[str, Ranked] = {}

@@ -14,14 +14,18 @@ from mufasa_rec.distributed.agreement import on_all_ranks
 from mufasa_rec.distributed.collectives import RankExchange
 from mufasa_rec.modules.sparse_arch import table_name
 from mufasa_rec.training.warm_start import warm_start
+from torchx_apps import ranking
 from torchx_apps.assembly import OpenDataset
 
 
 def row_ids(config: RunConfig, data: OpenDataset) -> dict[str, RowIds]:
     """What the rows of every trained table stand for, by the table's name.
 
-    Names are those of the features: `item`, `item.<categorical>`, `event.<categorical>`.
+    Names are those of the features: `item`, `item.<categorical>`, `event.<categorical>`, and of a ranker `user` and
+    `context.<name>`.
     """
+    if config.task == "ranking":
+        return ranking.row_ids(config, data)
     found = {"item": RowIds(table_name("item"), data.catalog.vocabulary.ids)}
     if config.model.use_categoricals:
         features = {f"item.{name}": name for name in data.catalog.items.categoricals}

@@ -1,4 +1,4 @@
-"""Train a retriever on a prepared data set, or continue an interrupted run.
+"""Train a retriever or a ranker on a prepared data set, or continue an interrupted run.
 
     python -m torchx_apps.train --preset demo --data.dataset DATASET --run RUN [--trainer.epochs 5 ...]
     python -m torchx_apps.train --run RUN
@@ -29,7 +29,8 @@ from mufasa_rec.training.optim import TrainOptimizer
 from mufasa_rec.training.saver import Saver
 from mufasa_rec.training.tracker import Tracker
 from mufasa_rec.training.trainer import Surroundings, Trainer
-from torchx_apps import assembly, command_line, fusion_tuning, run_folder, tables
+from mufasa_rec.training.trainer_config import MONITORS
+from torchx_apps import assembly, command_line, fusion_tuning, run_folder, tables, tasks
 
 logger = logging.getLogger(__name__)
 
@@ -90,14 +91,11 @@ def _train(
     data = assembly.open_dataset(config, vocabulary)
     if layer is not None:
         fusion_tuning.check(config, layer, data)
-    if config.model.use_content:
+    if config.uses_content:
         config = run_folder.with_modalities(config, data.catalog.stores)
-    train_loader = assembly.make_loader(config, data, "train", env)
-    evaluator = assembly.make_evaluator(config, data, "validation", env, exchange)
-    retriever = assembly.build_retriever(config, data, exchange, layer)
-    model = assembly.shard_retriever(config, data, retriever, env.device)
-    scorer = assembly.make_scorer(config, data, model, env, exchange)
-    steps = config.trainer.epochs * train_loader.order(0).num_steps
+    parts = tasks.build(config, data, env, exchange, layer)
+    model = parts.model
+    steps = config.trainer.epochs * parts.loader.order(0).num_steps
     steps = min(steps, config.trainer.max_steps or steps)
     dense = {name: p for name, p in in_backward_optimizer_filter(model.named_parameters()) if p.requires_grad}
     slow = fusion_tuning.slow_parameters(dense)
@@ -123,8 +121,8 @@ def _train(
     trainer = Trainer(
         model,
         optimizer,
-        train_loader,
-        lambda after_batch: evaluator.metrics(scorer, after_batch),
+        parts.loader,
+        parts.validate,
         config.trainer,
         Surroundings(tracker, exchange, saver, seed=config.seed, frozen=assembly.content_tables(data), watch=watch),
     )
@@ -133,7 +131,7 @@ def _train(
         logger.info("continues from checkpoint %s, written by %d ranks", newest.name, newest.world_size)
     result = trainer.fit()
     if env.is_main:
-        _report(result, folder)
+        _report(result, folder, MONITORS[config.task])
     return result
 
 
@@ -156,13 +154,14 @@ def _newest(saver: Saver, data: assembly.OpenDataset, continues: bool) -> Manife
     return newest
 
 
-def _report(result: dict, folder: Path) -> None:
+def _report(result: dict, folder: Path, figures: Sequence[str]) -> None:
     with paths.atomic_write(folder / "summary.json") as path:
         path.write_text(json.dumps(result, indent=2))
     best = result["best"]
+    found = ", ".join(f"{name.upper()} {best[name]:.4f}" for name in figures)
     logger.info(
-        "done: %d steps in %.0f s; best validation HR@10 %.4f, NDCG@10 %.4f at step %d; run folder %s",
-        result["steps"], result["seconds"], best["hr@10"], best["ndcg@10"], best["step"], folder,
+        "done: %d steps in %.0f s; best validation %s at step %d; run folder %s",
+        result["steps"], result["seconds"], found, best["step"], folder,
     )  # fmt: skip
 
 

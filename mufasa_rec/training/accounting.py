@@ -20,7 +20,7 @@ def train_line(step: int, metrics: dict[str, float]) -> str:
         f"{metrics['samples_per_s']:,.0f} rows/s · {metrics['events_per_s']:,.0f} events/s · "
         f"padding {metrics['padding_share']:.1%} · imbalance {metrics['rank_imbalance']:.1%} · "
         f"data wait {metrics['data_wait_share']:.1%} · lr {metrics['learning_rate']:.2g} · "
-        f"|g| {metrics['grad_norm']:.2f} · τ {metrics['temperature']:.3f}"
+        f"|g| {metrics['grad_norm']:.2f}" + (f" · τ {metrics['temperature']:.3f}" if metrics["temperature"] else "")
     )
 
 

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
-from mufasa_rec.data.batch import Batch
-from mufasa_rec.data.loader import Loader
+from mufasa_rec.data.row_loader import RowLoader
 from mufasa_rec.distributed.collectives import RankExchange, host_group
 from mufasa_rec.training.accounting import Interval, Waiting, train_line
 from mufasa_rec.training.checkpoint import model_state
@@ -42,6 +41,18 @@ class StepOutput(Protocol):
     temperature: Tensor
 
 
+class StepBatch(Protocol):
+    """What the trainer reads of a batch."""
+
+    num_targets: int
+    num_rows: int
+
+    @property
+    def num_events(self) -> int:
+        """Events of this rank's histories."""
+        ...
+
+
 Validate = Callable[[Callable[[], None]], dict[str, float]]
 
 
@@ -63,7 +74,7 @@ class Surroundings:
     saver: Saver
     seed: int = 0
     frozen: tuple[str, ...] = ()
-    watch: Callable[[Batch], None] | None = None
+    watch: Callable[[Any], None] | None = None
 
 
 class Trainer:
@@ -83,7 +94,7 @@ class Trainer:
         self,
         model: nn.Module,
         optimizer: TrainOptimizer,
-        loader: Loader,
+        loader: RowLoader[Any],
         validate: Validate,
         config: TrainerConfig,
         surroundings: Surroundings,
@@ -107,11 +118,11 @@ class Trainer:
         self.agreement = Agreement(None if alone else host_group(), num_wishes=2)
         self.begin = time.perf_counter()
         self._saved_at: tuple[int, int, int, bool] | None = None
-        self._batches: list[Batch] = []
+        self._batches: list[StepBatch] = []
         self._checked = False
         self._temperature = torch.zeros(())
 
-    def _forward(self, batch: Batch) -> tuple[Tensor, StepOutput]:
+    def _forward(self, batch: StepBatch) -> tuple[Tensor, StepOutput]:
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.bf16):
             return self.model(batch)
 
@@ -213,13 +224,13 @@ class Trainer:
             left -= 1
             self._account(self._batches.pop(0), output, last=not left)
 
-    def _remembered(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+    def _remembered(self, batches: Iterator[StepBatch]) -> Iterator[StepBatch]:
         """Keep the batches that the pipeline holds, to account for each when its step is done."""
         for batch in batches:
             self._batches.append(batch)
             yield batch
 
-    def _account(self, batch: Batch, output: StepOutput, last: bool) -> None:
+    def _account(self, batch: StepBatch, output: StepOutput, last: bool) -> None:
         """Count a step, and save or stop after it; after an epoch's last one that is for its closing."""
         self.progress.step += 1
         self.progress.validated = False

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-MONITORS = ("hr@10", "ndcg@10", "mrr")  # validation metrics, all better when larger
+# Validation metrics by task, all better when larger.
+MONITORS = {"retrieval": ("hr@10", "ndcg@10", "mrr"), "ranking": ("auc", "gauc")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +34,9 @@ class TrainerConfig:
         for name in ("epochs", "log_every", "validate_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"trainer.{name}={getattr(self, name)}: choose 1 or more.")
-        if self.monitor not in MONITORS:
-            raise ValueError(f"trainer.monitor={self.monitor!r}: choose one of {', '.join(MONITORS)}.")
+        known = [name for names in MONITORS.values() for name in names]
+        if self.monitor not in known:
+            raise ValueError(f"trainer.monitor={self.monitor!r}: choose one of {', '.join(known)}.")
         if self.patience < 0:
             raise ValueError(f"trainer.patience={self.patience}: choose 0 (never stop early) or more.")
         if self.max_steps is not None and self.max_steps < 1:

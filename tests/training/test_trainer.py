@@ -211,7 +211,7 @@ def test_metrics_that_cannot_be_written_name_file_and_remedy(tmp_path: Path, mon
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("epochs", 0), ("log_every", 0), ("validate_every", 0), ("max_steps", 0), ("monitor", "auc"), ("patience", -1)],
+    [("epochs", 0), ("log_every", 0), ("validate_every", 0), ("max_steps", 0), ("monitor", "hits"), ("patience", -1)],
 )
 def test_configuration_names_field_and_value(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=rf"trainer\.{field}={value!r}"):

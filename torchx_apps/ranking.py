@@ -1,0 +1,151 @@
+"""Configs become objects, for ranking: loaders of requests, the sharded ranker, its evaluator, names of its rows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import nn
+
+from mufasa_rec.config import RunConfig
+from mufasa_rec.data import raw
+from mufasa_rec.data.coding import Vocabulary
+from mufasa_rec.data.content import ContentStore
+from mufasa_rec.data.parquet import list_row_groups
+from mufasa_rec.data.ranking_batch import USER
+from mufasa_rec.data.ranking_collate import ShownFeatures
+from mufasa_rec.data.ranking_loader import RankingLoader, load_users
+from mufasa_rec.data.row_ids import RowIds
+from mufasa_rec.data.schema import ImpressionsInfo
+from mufasa_rec.distributed import sharding
+from mufasa_rec.distributed.collectives import RankExchange
+from mufasa_rec.distributed.env import DistributedEnv
+from mufasa_rec.evaluation.impressions import ImpressionsEvaluator
+from mufasa_rec.models.ranker import Ranker
+from mufasa_rec.models.ranker_build import build_arch
+from mufasa_rec.models.ranker_config import RankingFeatures
+from mufasa_rec.modules.sparse_arch import ContentTableConfig, SparseArch, TableConfig, table_name
+from torchx_apps import assembly
+
+
+def impressions_of(data: assembly.OpenDataset) -> ImpressionsInfo:
+    """What the data set says of its impressions.
+
+    Raises:
+        ValueError: When it, or the split that was chosen, has none.
+    """
+    if data.manifest.impressions is None:
+        raise ValueError(
+            f"task='ranking': data set {data.manifest.name!r} has no impressions; prepare a source that has some "
+            "(`--columns.impressions.source events` takes its events), or choose task: retrieval."
+        )
+    if data.ref.rows != "requests":
+        raise ValueError(
+            f"data.split={data.ref.id!r}: holds next events, not requests; choose data.split: impressions."
+        )
+    return data.manifest.impressions
+
+
+def features_of(config: RunConfig, data: assembly.OpenDataset) -> ShownFeatures:
+    """What candidates come with; users need as many training impressions as items."""
+    return ShownFeatures(impressions_of(data), load_users(data.folder, data.split, config.data.min_count))
+
+
+def alignment(config: RunConfig) -> int:
+    """Events of a block that histories are cut at; 1 where they may begin anywhere."""
+    ranker = config.ranker
+    pattern = ranker.sal.pattern
+    if "sal" not in ranker.content_interest or ranker.attention == "full" or pattern.segmentation != "fixed":
+        return 1
+    return pattern.resolve(config.data.max_history).selection_block
+
+
+def make_loader(config: RunConfig, data: assembly.OpenDataset, part: str, env: DistributedEnv) -> RankingLoader:
+    """The loader of one part; the training part is shuffled and may drop negatives, the others do neither."""
+    columns = [*(["action"] if data.has("action") else []), *(["timestamp"] if data.has_time else [])]
+    training = part == "train"
+    return RankingLoader(
+        list_row_groups(data.folder, data.manifest, data.ref, part),
+        data.catalog,
+        features_of(config, data),
+        config.data if training else replace(config.data, requests=replace(config.data.requests, negative_rate=1.0)),
+        columns=(*columns, *data.manifest.event_categoricals()),
+        training=training,
+        align=alignment(config),
+        rank=env.rank,
+        world_size=env.world_size,
+        seed=config.seed,
+    )
+
+
+def table_rows(config: RunConfig, data: assembly.OpenDataset) -> dict[str, int]:
+    """Rows of every trained table, by feature."""
+    shown, items, features = features_of(config, data), data.catalog.items.categoricals, data.manifest.features
+    rows = {"item": data.catalog.vocabulary.size}
+    rows.update({f"item.{name}": column.cardinality + 1 for name, column in items.items()})
+    rows.update({f"event.{name}": features[name].cardinality + 1 for name in data.manifest.event_categoricals()})
+    rows[USER] = shown.users.size
+    rows.update({raw.CONTEXT_PREFIX + name: size + 1 for name, size in shown.info.context.items()})
+    return rows
+
+
+def build_ranker(config: RunConfig, data: assembly.OpenDataset, exchange: RankExchange) -> Ranker:
+    """The unsharded ranker, tables on `meta`, with fused optimizers attached."""
+    info, catalog = impressions_of(data), data.catalog
+    torch.manual_seed(config.seed)
+    actions = max((f.cardinality for f in data.manifest.features.values() if f.kind == "action"), default=-1) + 1
+    features = RankingFeatures(
+        item={name: column.offsets is not None for name, column in catalog.items.categoricals.items()},
+        event=tuple(data.manifest.event_categoricals()),
+        request=(USER,),
+        context=tuple(info.context),
+        modalities={name: store.width for name, store in catalog.stores.items()},
+        num_dense=len(info.dense),
+        tasks=tuple(info.tasks),
+        num_actions=actions,
+        has_time=data.has_time,
+        max_history=config.data.max_history + alignment(config) - 1,
+    )
+    arch = build_arch(config.ranker, features, exchange)
+    tables = [TableConfig(name=name, num_embeddings=size) for name, size in table_rows(config, data).items()]
+    contents = [
+        ContentTableConfig(modality=name, num_embeddings=store.rows, width=store.width)
+        for name, store in catalog.stores.items()
+    ]
+    sparse = SparseArch(tables, config.ranker.width, contents, torch.device("meta"))
+    sharding.fuse_optimizer(sparse.ids, config.optimizer.tables)
+    sharding.freeze(sparse.content)
+    return Ranker(sparse, arch)
+
+
+def shard_ranker(config: RunConfig, data: assembly.OpenDataset, ranker: Ranker, device: torch.device) -> nn.Module:
+    """Shard the ranker, draw its tables' weights, and read the content shard by shard."""
+    return assembly.shard_model(config, data, ranker, config.ranker.init_std, device)
+
+
+def make_evaluator(
+    config: RunConfig, data: assembly.OpenDataset, part: str, env: DistributedEnv, exchange: RankExchange
+) -> ImpressionsEvaluator:
+    """The evaluator of one part of the split."""
+    loader = make_loader(config, data, part, env)
+    return ImpressionsEvaluator(loader, impressions_of(data).tasks, has_content(data), exchange, env.device)
+
+
+def has_content(data: assembly.OpenDataset) -> dict[str, np.ndarray]:
+    """Whether each item has a modality, for all of the data set's, those that the model does not use included."""
+    ids = np.asarray(data.catalog.items.ids)
+    return {
+        name: ContentStore.open(data.folder, name, ref.generation, checksum=ref.checksum).rows_of(ids) >= 0
+        for name, ref in data.manifest.content.items()
+    }
+
+
+def row_ids(config: RunConfig, data: assembly.OpenDataset) -> dict[str, RowIds]:
+    """What the rows of every trained table stand for, by feature."""
+    ids = {"item": data.catalog.vocabulary.ids, USER: features_of(config, data).users.ids}
+    found = {name: RowIds(table_name(name), rows) for name, rows in ids.items()}
+    for name in table_rows(config, data).keys() - ids.keys():
+        feature = name if name.startswith(raw.CONTEXT_PREFIX) else name.split(".", 1)[1]
+        found[name] = RowIds.of_values(table_name(name), Vocabulary.load(data.folder, feature).values)
+    return dict(sorted(found.items()))
