@@ -83,6 +83,12 @@ def test_fused_cell_is_another_one_when_its_vectors_could_be(dataset: str, tmp_p
     assert parse([*common, "--fuse", "--threads 2"]).stem("all", 0) == grid.stem("all", 0)
 
 
+def test_unknown_preset_of_fuse_is_refused(dataset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ["fusion", "--output", str(tmp_path), "--data.dataset", dataset]
+    assert main([*common, "--fuse-preset", "tiny"]) == 2
+    assert "preset='tiny': unknown; choose one of default, demo, short" in capsys.readouterr().err
+
+
 def test_variant_that_fuses_what_the_data_lacks_is_left_out(
     dataset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -136,6 +142,7 @@ def test_variants_that_fuse_share_one_fusion_of_a_seed_in_a_view_of_the_data_set
         (["--variants", "sall"], "--variants sall: unknown"),
         (["--versus", "full", "--variants", "sal"], "--versus full: not among the variants sal"),
         (["--preset", "tiny"], "preset='tiny': unknown"),
+        (["--processes", "0"], "--processes 0: choose 1 or more"),
     ],
 )
 def test_wrong_argument_is_refused_before_anything_runs(

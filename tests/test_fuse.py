@@ -275,6 +275,7 @@ def test_run_with_other_settings_is_refused(own: str, tmp_path: Path) -> None:
             "layer.anchor='name': not among the modalities",
         ),
         (["--run", "{}/r", "--items", "x.parquet"], "holds no trained run"),
+        (["--run", "{}/r", "--preset", "tiny"], "preset='tiny': unknown; choose one of default, demo, short"),
     ],
 )
 def test_mistakes_are_named_before_anything_is_learned(own: str, arguments: list[str], message: str) -> None:
