@@ -28,6 +28,8 @@ class PairGroup:
         row: User of each candidate among the group's, `[c]` int64.
         slot: Place of each candidate among those of its user, `[c]` int64.
         num_slots: Most candidates of one user.
+        empty: Which candidates' users have no event at all, `[c]` bool; what is read for them must be replaced. None
+            where no such user is in the group.
     """
 
     events: Tensor
@@ -36,6 +38,7 @@ class PairGroup:
     row: Tensor
     slot: Tensor
     num_slots: int
+    empty: Tensor | None = None
 
     @property
     def pair_valid(self) -> Tensor:
@@ -63,20 +66,24 @@ class Similarities:
     valid: Tensor
 
 
-def plan_pairs(history: History, candidates: Candidates, *, max_events: int | None = None) -> list[PairGroup]:
+def plan_pairs(
+    history: History, candidates: Candidates, *, max_events: int | None = None, tight: bool | None = None
+) -> list[PairGroup]:
     """Pair every candidate with its user's newest events.
 
     Args:
         history: The users' events.
         candidates: Candidates of the same users.
         max_events: Newest events of a user that are paired; None for all.
+        tight: Whether groups are padded to their own longest history only, which reads the offsets on the host; None
+            does so on a CPU.
 
     Returns:
-        Groups; on a CPU candidates of users without events are in none. Elsewhere one group holds all users, and
-        who has no event has one valid place that repeats another's: whoever reads it must replace the result.
+        Groups; candidates of users without events are in none of the tight ones. Otherwise one group holds all users,
+        and one without events has a valid place that repeats another's event.
 
     Raises:
-        ValueError: When there are not as many users on both sides, or off the CPU without `History.max_length`.
+        ValueError: When there are not as many users on both sides, or not `tight` without `History.max_length`.
 
     Example:
         >>> users, items = torch.tensor([0, 3, 3]), torch.tensor([0, 2, 3])
@@ -93,13 +100,15 @@ def plan_pairs(history: History, candidates: Candidates, *, max_events: int | No
     num_candidates = len(candidates.embedded)
     if not num_candidates or not len(history.embedded):
         return []
-    groups = _user_groups(history, max_events)
+    tight = history.offsets.device.type == "cpu" if tight is None else tight
+    groups = _tight_groups(history, max_events) if tight else [_one_group(history, max_events)]
     owner = sequence_ids(candidates.offsets, num_candidates)
     slot = positions(candidates.offsets, num_candidates)
     num_slots = int(lengths_of(candidates.offsets).max())
-    if history.offsets.device.type != "cpu":
+    if not tight:
         everyone = torch.arange(num_candidates, device=owner.device)
-        return [PairGroup(g.gather, g.valid, everyone, owner, slot, num_slots) for g in groups]
+        empty = (lengths_of(history.offsets) == 0)[owner]
+        return [PairGroup(g.gather, g.valid, everyone, owner, slot, num_slots, empty) for g in groups]
     found = []
     for group in groups:
         place = torch.full((history.offsets.numel() - 1,), -1, dtype=torch.int64)
@@ -110,23 +119,32 @@ def plan_pairs(history: History, candidates: Candidates, *, max_events: int | No
     return found
 
 
-def _user_groups(history: History, max_events: int | None) -> list[PaddedGroup]:
-    """Users by length, each with its newest events."""
+def _tight_groups(history: History, max_events: int | None) -> list[PaddedGroup]:
+    """Users with events, by length, each with its newest ones."""
     offsets = history.offsets
-    lengths = lengths_of(offsets)
-    kept = lengths if max_events is None else lengths.clamp(max=max_events)
-    if offsets.device.type == "cpu":
-        kept_offsets = F.pad(kept.cumsum(0), (1, 0))
-        dropped = (offsets[1:] - kept_offsets[1:])[:, None]  # events before a user's that no one reads
-        plan = plan_groups(kept_offsets, int(kept_offsets[-1]))
-        return [PaddedGroup(g.sequences, g.gather + dropped[g.sequences], g.valid) for g in plan.groups]
+    kept = _kept(offsets, max_events)
+    kept_offsets = F.pad(kept.cumsum(0), (1, 0))
+    dropped = (offsets[1:] - kept_offsets[1:])[:, None]  # events that no one reads, up to each user's end
+    plan = plan_groups(kept_offsets, int(kept_offsets[-1]))
+    return [PaddedGroup(g.sequences, g.gather + dropped[g.sequences], g.valid) for g in plan.groups]
+
+
+def _one_group(history: History, max_events: int | None) -> PaddedGroup:
+    """All users, without reading a length on the host."""
     if history.max_length is None:
         raise ValueError("History.max_length=None: an accelerator needs an upper bound of the lengths; pass it.")
+    offsets = history.offsets
     width = history.max_length if max_events is None else min(history.max_length, max_events)
+    kept = _kept(offsets, width)[:, None]
     step = torch.arange(width, device=offsets.device)[None]
-    gather = (offsets[1:] - kept)[:, None] + torch.minimum(step, (kept[:, None] - 1).clamp(min=0))
-    everyone = torch.arange(len(lengths), device=offsets.device)
-    return [PaddedGroup(everyone, gather.clamp(max=len(history.embedded) - 1), step < kept[:, None].clamp(min=1))]
+    gather = offsets[1:, None] - kept + torch.minimum(step, (kept - 1).clamp(min=0))
+    everyone = torch.arange(len(kept), device=offsets.device)
+    return PaddedGroup(everyone, gather.clamp(max=len(history.embedded) - 1), step < kept.clamp(min=1))
+
+
+def _kept(offsets: Tensor, max_events: int | None) -> Tensor:
+    lengths = lengths_of(offsets)
+    return lengths if max_events is None else lengths.clamp(max=max_events)
 
 
 class ContentReader:

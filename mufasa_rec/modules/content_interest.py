@@ -70,9 +70,7 @@ class SimTierExtractor(InterestExtractor):
         self.num_places = 0
         for group in plan_pairs(history, candidates, max_events=self.max_events):
             similar = content.similarities(group)
-            has = similar.has
-            if has.device.type != "cpu":  # there the group also holds users without history
-                has = has & (history.offsets[1:] > history.offsets[:-1])[group.row, None, None]
+            has = similar.has if group.empty is None else similar.has & ~group.empty[:, None, None]
             self.num_places += similar.valid.numel()
             found = counted(bin_of(similar.r, self.num_bins), has, self.num_bins)
             counts = counts.index_copy(0, group.candidates, found.to(counts.dtype))

@@ -191,10 +191,9 @@ class SimilarityInterestExtractor(RestoringExtractor):
             self.num_places += similar.valid.numel()
             fused, per_modality = self.fusion(encoded, similar, candidates.embedded[group.candidates])
             read = torch.cat([fused[:, None], per_modality], dim=1).flatten(1)
-            if group.valid.device.type != "cpu":  # there the group also holds users without history
-                empty = (history.offsets[1:] == history.offsets[:-1])[group.row, None]
-                read = torch.where(empty, self.empty, read)
-                similar = replace(similar, has=similar.has & ~empty[:, None])
+            if group.empty is not None:
+                read = torch.where(group.empty[:, None], self.empty.to(read.dtype), read)
+                similar = replace(similar, has=similar.has & ~group.empty[:, None, None])
             vectors = vectors.index_copy(0, group.candidates, read.to(vectors.dtype))
             if restore and self.decoder is not None:
                 more, count = self.decoder(fused, similar)

@@ -74,8 +74,7 @@ class TargetAttentionExtractor(InterestExtractor):
             self.num_places += valid.numel()
             weight = self.weigh(hidden).squeeze(-1).masked_fill(~valid, 0.0)
             interest = (weight[:, None] @ read[group.row]).squeeze(1) / valid.sum(1, keepdim=True) ** 0.5
-            if valid.device.type != "cpu":
-                empty = (history.offsets[1:] == history.offsets[:-1])[group.row, None]
-                interest = torch.where(empty, self.empty, interest)
+            if group.empty is not None:
+                interest = torch.where(group.empty[:, None], self.empty, interest)
             result = result.index_copy(0, group.candidates, interest.to(result.dtype))
         return result

@@ -144,6 +144,20 @@ def test_din_reads_no_content() -> None:
     assert torch.equal(model(batch)[1].logits, before)
 
 
+@pytest.mark.parametrize("interest", INTERESTS)
+def test_bf16_autocast_trains_close_to_fp32(interest: str) -> None:
+    model, batch, results = make_ranker(make_config(content_interest=interest)), make_batch(), []
+    for low in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=low):
+            loss, output = model(batch)
+        loss.backward()
+        assert output.logits.dtype == torch.float32
+        assert all(torch.isfinite(g).all() for g in gradients(model.dense.parameters()))
+        results.append(float(loss.detach()))
+    assert results[1] == pytest.approx(results[0], rel=0.02)
+
+
 def test_each_kind_of_feature_reaches_the_logits_it_should() -> None:
     model, batch = make_ranker().eval(), make_batch()
     before = model(batch)[1].logits

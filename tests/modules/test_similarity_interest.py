@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -9,10 +10,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mufasa_rec.modules import content_interest, similarity_interest, target_attention
+from mufasa_rec.modules.candidate_pairs import plan_pairs
 from mufasa_rec.modules.content_interest import EarlyFusionExtractor, SimTierExtractor
 from mufasa_rec.modules.history import Candidates, History, InterestExtractor
 from mufasa_rec.modules.similarity_encoding import SimilarityEncoding
-from mufasa_rec.modules.similarity_interest import SimilarityInterestConfig, SimilarityInterestExtractor
+from mufasa_rec.modules.similarity_interest import (
+    RestoringExtractor,
+    SimilarityInterestConfig,
+    SimilarityInterestExtractor,
+)
 from mufasa_rec.modules.target_attention import TargetAttentionExtractor
 from tests.helpers.naive_similarity import naive_similarity_interest
 from tests.histories import CONTENT, WIDTH, make_candidates, make_history, take_candidates, take_users
@@ -172,6 +179,30 @@ def test_missing_modality_has_no_influence_whatever_its_numbers(name: str) -> No
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
         assert all(torch.isfinite(x).all() for x in other)
+
+
+@every_extractor
+def test_one_group_as_on_an_accelerator_gives_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    extractor, (history, candidates) = make_rivals()[name], make_inputs()
+    history = replace(history, max_length=12)
+    results = []
+    for tight in (True, False):
+        for module in (similarity_interest, content_interest, target_attention):
+            monkeypatch.setattr(module, "plan_pairs", functools.partial(plan_pairs, tight=tight))
+        extractor.zero_grad()
+        if isinstance(extractor, RestoringExtractor):
+            found = [*extractor.restored(history, candidates)]
+        else:
+            found = [extractor(history, candidates)]
+        (found[0].square().sum() + sum(found[1:])).backward()
+        results.append([*found, *gradients(extractor.parameters())])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+def test_one_group_needs_an_upper_bound_of_the_lengths() -> None:
+    with pytest.raises(ValueError, match=r"History\.max_length=None"):
+        plan_pairs(*make_inputs(), tight=False)
 
 
 def test_user_without_history_gets_the_learned_vector() -> None:
