@@ -1,6 +1,6 @@
 # One virtual environment, .venv, serves every target; it is built on first use and again when a lock changes.
 #
-#   make demo [DATA=<folder>] [COLUMNS=<file>] [RUN=<folder>] [PRESET=<name>] [TASK=retrieval] [SEED=<n>]
+#   make demo [DATA=<folder>] [COLUMNS=<file>] [RUN=<folder>] [PRESET=<name>] [TASK=retrieval|ranking] [SEED=<n>]
 #   make test | lint | bench
 #
 # Variables:
@@ -14,8 +14,8 @@ TORCH_INDEX ?=
 
 DATA ?=
 COLUMNS ?=
-RUN ?= runs/demo
-PRESET ?= demo
+RUN ?=
+PRESET ?=
 TASK ?= retrieval
 SEED ?= 0
 

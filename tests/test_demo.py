@@ -65,7 +65,7 @@ def tiny_apps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--task", "ranking"], "task is 'ranking': the tasks that exist are retrieval; give TASK=retrieval"),
+        (["--task", "ctr"], "task is 'ctr': the tasks that exist are retrieval, ranking; give TASK=retrieval"),
         (["--seed", "x"], "seed is 'x': give a whole number"),
         (["--seed", "-1"], "seed is -1"),
         (["--data", "nowhere"], "data is 'nowhere': no such folder"),

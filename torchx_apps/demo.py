@@ -2,7 +2,8 @@
 
     python -m torchx_apps.demo [--data FOLDER] [--columns FILE] [--run FOLDER] [--preset NAME] [--task NAME] [--seed N]
 
-`make demo` calls it. Without data it takes a generated catalog, whose oracle (its true distribution) joins the table.
+`make demo` calls it; for the ranking task see `torchx_apps.demo_ranking`. Without data it takes a generated catalog,
+whose oracle (its true distribution) joins the table.
 Where the data set has content vectors, `fuse` makes one of all that an item has, which the model reads, and the same
 model is trained once more without content.
 """
@@ -21,11 +22,11 @@ from typing import Any
 
 from mufasa_rec.config import RunConfig
 from mufasa_rec.presets import preset
-from torchx_apps import fuse_config
+from torchx_apps import demo_ranking, fuse_config
 from torchx_apps.demo_table import format_table
 from torchx_apps.local_job import Job, JobFailedError, run_job
 
-TASKS = ("retrieval",)
+TASKS = ("retrieval", "ranking")
 MARKER = "demo.json"
 CREATED_BY = "torchx_apps.demo"
 # All that the demo and its jobs write into the run folder, and so all that it replaces.
@@ -39,6 +40,7 @@ OUTPUTS = (
     "evaluation.json",
     "ranks.safetensors",
     "report.html",
+    *demo_ranking.OUTPUTS,
     MARKER,
 )
 FUSED = fuse_config.FuseConfig().output
@@ -60,7 +62,8 @@ class DemoOptions:
             raise ValueError(
                 f"task is {self.task!r}: the tasks that exist are {', '.join(TASKS)}; give TASK={TASKS[0]}"
             )
-        self.config()
+        if self.config().task != self.task:
+            raise ValueError(f"preset is {self.preset!r}, which is for {self.config().task}; give TASK= or PRESET=")
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}: give SEED=0 or more")
         if any(character in str(self.run) for character in ",;="):
@@ -83,7 +86,7 @@ class DemoOptions:
     @property
     def source(self) -> str:
         """What `prepare` is given as input."""
-        return self.data or f"synthetic:{self.seed}"
+        return self.data or f"synthetic:{'clicks:' if self.task == 'ranking' else ''}{self.seed}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -130,6 +133,8 @@ def parse_options(argv: Sequence[str] | None) -> DemoOptions:
         if not given["seed"].lstrip("-").isdecimal():
             raise ValueError(f"seed is {given['seed']!r}: give a whole number, SEED=0")
         given["seed"] = int(given["seed"])
+    if given.get("task") == "ranking":
+        given = {"run": Path("runs/demo-ranking"), "preset": "demo-ranking"} | given
     return DemoOptions(**given)
 
 
@@ -164,6 +169,9 @@ def run_demo(options: DemoOptions) -> None:
     what = f"your data in {options.data}" if options.data else f"a generated catalog (seed {options.seed})"
     print(f"mufasa_rec: {options.task} on {what}, preset {options.preset}, into {run}", flush=True)
     seconds = {"prepare": _run(options, prepare_job(options))}
+    if options.task == "ranking":
+        _rank(options, seconds)
+        return
     fuse = fuse_job(options, _read_json(run / "dataset" / "dataset.json"))
     with_content = fuse is not None
     if fuse is None:
@@ -174,8 +182,24 @@ def run_demo(options: DemoOptions) -> None:
     print(format_table(_read_json(run / "summary.json")))
     print()
     print(format_places(run, with_content))
-    print("seconds      " + " · ".join(f"{name} {value:.0f}" for name, value in seconds.items()), end="")
-    print(f" · together {sum(seconds.values()):.0f}")
+    print(format_seconds(seconds))
+
+
+def _rank(options: DemoOptions, seconds: dict[str, float]) -> None:
+    """Run the jobs of the ranking task behind `prepare`, and print the table."""
+    dataset = _read_json(options.run / "dataset" / "dataset.json")
+    for job in demo_ranking.jobs(options.preset, options.run, has_content=bool(dataset["content"])):
+        seconds[job.name] = _run(options, job)
+    print()
+    print(demo_ranking.format_table(_read_json(options.run / "summary.json")))
+    print(f"\nrun folder   {options.run}\nlogs         {options.run / 'logs'}")
+    print(format_seconds(seconds))
+
+
+def format_seconds(seconds: dict[str, float]) -> str:
+    """Say how long each job took."""
+    each = " · ".join(f"{name} {value:.0f}" for name, value in seconds.items())
+    return f"seconds      {each} · together {sum(seconds.values()):.0f}"
 
 
 def prepare_job(options: DemoOptions) -> Job:

@@ -87,9 +87,23 @@ RARE: Variants = {
     "raw": Variant(train=_RAW),
 }
 
+# DMAE, its rivals, and DMAE without each unit; what `mufasa_rec.models.ranker_config.comparator` does, as flags.
+_INTEREST = "--ranker.content-interest"
+RANKING: Variants = {
+    "dmae": Variant(),
+    "din": Variant(train=(_INTEREST, "none")),
+    "simtier": Variant(train=(_INTEREST, "simtier")),
+    "early_fusion": Variant(train=(_INTEREST, "early_fusion")),
+    **{
+        f"dmae_without_{unit}": Variant(train=(f"--ranker.dmae.use-{unit}", "False"))
+        for unit in ("mieu", "mifu", "midu")
+    },
+}
+
 GRIDS: dict[str, NamedGrid] = {
     "attention": NamedGrid(variants={name: Variant(train=flags) for name, flags in _ATTENTION.items()}),
     "fusion": NamedGrid(variants=FUSION, preset="brief"),
     "content": NamedGrid(variants=CONTENT, preset="brief"),
     "rare": NamedGrid(variants=RARE, preset="brief"),
+    "ranking": NamedGrid(variants=RANKING, preset="ranking"),
 }
