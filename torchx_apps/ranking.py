@@ -108,13 +108,16 @@ def build_ranker(config: RunConfig, data: assembly.OpenDataset, exchange: RankEx
         max_history=config.data.max_history + alignment(config) - 1,
     )
     arch = build_arch(config.ranker, features, exchange)
-    tables = [TableConfig(name=name, num_embeddings=size) for name, size in table_rows(config, data).items()]
+    tables = [
+        TableConfig(name=name, num_embeddings=size, dim=config.ranker.dims.get(name))
+        for name, size in table_rows(config, data).items()
+    ]
     contents = [
         ContentTableConfig(modality=name, num_embeddings=store.rows, width=store.width)
         for name, store in catalog.stores.items()
     ]
     sparse = SparseArch(tables, config.ranker.width, contents, torch.device("meta"))
-    sharding.fuse_optimizer(sparse.ids, config.optimizer.tables)
+    sharding.fuse_optimizer(sparse.trained, config.optimizer.tables)
     sharding.freeze(sparse.content)
     return Ranker(sparse, arch)
 

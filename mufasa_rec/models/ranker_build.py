@@ -36,6 +36,13 @@ def build_arch(config: RankerConfig, features: RankingFeatures, exchange: SumExc
     for task in config.task_weights:
         if task not in features.tasks:
             raise ValueError(f"ranker.task_weights: {task!r} is no task of the data; it has {list(features.tasks)}.")
+    context = [f"context.{name}" for name in features.context]
+    for name in config.dims:
+        if name not in (*features.request, *context):
+            raise ValueError(
+                f"ranker.dims: {name!r} is no feature of requests or context, whose tables alone may differ in width; "
+                f"there are {[*features.request, *context]}."
+            )
     extractors: dict[str, InterestExtractor] = {}
     if config.use_id_interest:
         extractors["ids"] = TargetAttentionExtractor(config.width)
@@ -47,9 +54,9 @@ def build_arch(config: RankerConfig, features: RankingFeatures, exchange: SumExc
             )
         for name in config.content_interest.split("+"):
             extractors[name] = _extractor(name, config, features)
-    candidate = config.width * (1 + len(features.context)) + features.num_dense
+    candidate = config.width + sum(config.dims.get(name, config.width) for name in context) + features.num_dense
     over_arch = OverArch(
-        config.width * len(features.request),
+        sum(config.dims.get(name, config.width) for name in features.request),
         candidate + sum(extractor.output_dim for extractor in extractors.values()),
         hidden=config.hidden,
         num_tasks=len(features.tasks),

@@ -30,6 +30,8 @@ class RankerConfig:
         dropout: Probability of dropping a channel of a hidden layer.
         distribution_weight: Weight of MIDU's loss.
         task_weights: Weight of each task in the loss, 1 where none is given.
+        dims: Width of tables that have another than `width`: features of requests and context, by their whole names
+            (``user``, ``context.hour``); a multiple of 4.
         init_std: Standard deviation of the tables' initial weights.
     """
 
@@ -44,6 +46,7 @@ class RankerConfig:
     dropout: float = 0.0
     distribution_weight: float = 0.1
     task_weights: dict[str, float] = field(default_factory=dict)
+    dims: dict[str, int] = field(default_factory=dict)
     init_std: float = 0.02
 
     def __post_init__(self) -> None:
@@ -60,6 +63,11 @@ class RankerConfig:
         for name in ("num_gap_buckets", "distribution_weight", "init_std"):
             if getattr(self, name) < 0:
                 raise ValueError(f"ranker.{name}={getattr(self, name)}: choose 0 or more.")
+        for name, dim in self.dims.items():
+            if dim < 4 or dim % 4:
+                raise ValueError(
+                    f"ranker.dims[{name!r}]={dim}: choose a positive multiple of 4, as FBGEMM's tables want."
+                )
         for task, weight in self.task_weights.items():
             if weight < 0:
                 raise ValueError(f"ranker.task_weights[{task!r}]={weight}: choose 0 or more.")

@@ -26,14 +26,18 @@ class TableConfig:
     Attributes:
         name: Name of the feature, and of the table with `t_` before it (dots become underscores).
         num_embeddings: Rows.
+        dim: Width; None for that of the arch.
     """
 
     name: str
     num_embeddings: int
+    dim: int | None = None
 
     def __post_init__(self) -> None:
         if self.num_embeddings < 1:
             raise ValueError(f"table {self.name!r}: num_embeddings={self.num_embeddings}; a table has 1 row or more.")
+        if self.dim is not None and (self.dim < 4 or self.dim % 4):
+            raise ValueError(f"table {self.name!r}: dim={self.dim}; choose a positive multiple of 4, as FBGEMM wants.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +68,8 @@ class SparseArch(nn.Module):
     """All lookups of a batch.
 
     Args:
-        tables: Trained tables, all of width `dim`.
-        dim: Width of the trained tables.
+        tables: Trained tables, at least one of width `dim`.
+        dim: Width of the trained tables that have none of their own.
         contents: Frozen content tables.
         device: Where to make the weights; ``meta`` leaves it to the sharding.
 
@@ -81,13 +85,24 @@ class SparseArch(nn.Module):
     ) -> None:
         super().__init__()
         self.widths = {content.modality: content.width for content in contents}
-        self.ids = EmbeddingCollection(tables=[_trained(table, dim) for table in tables], device=device)
+        trained: dict[int, list[EmbeddingConfig]] = {dim: []}
+        for table in tables:  # one collection holds tables of one width only
+            trained.setdefault(table.dim or dim, []).append(_trained(table, table.dim or dim))
+        self.ids = EmbeddingCollection(tables=trained.pop(dim), device=device)
+        self.others = nn.ModuleDict(
+            {f"dim_{other}": EmbeddingCollection(tables=group, device=device) for other, group in trained.items()}
+        )
         groups: dict[int, list[EmbeddingConfig]] = {}
-        for content in contents:  # one collection holds tables of one width only
+        for content in contents:
             groups.setdefault(content.padded_width, []).append(_frozen(content))
         self.content = nn.ModuleDict(
             {f"width_{width}": EmbeddingCollection(tables=group, device=device) for width, group in groups.items()}
         )
+
+    @property
+    def trained(self) -> nn.ModuleList:
+        """The collections that learn."""
+        return nn.ModuleList([self.ids, *self.others.values()])
 
     def forward(self, features: KeyedJaggedTensor) -> list[dict[str, JaggedTensor]]:
         """Look up every feature.
@@ -101,6 +116,8 @@ class SparseArch(nn.Module):
             where the tracer does not look.
         """
         looked_up = [self.ids(features)]
+        for collection in self.others.values():
+            looked_up.append(collection(features))
         with torch.no_grad():
             for collection in self.content.values():
                 looked_up.append(collection(features))

@@ -174,6 +174,16 @@ def test_each_kind_of_feature_reaches_the_logits_it_should() -> None:
     assert (~same).nonzero().squeeze(1).tolist() == [1]
 
 
+def test_tables_may_have_their_own_width() -> None:
+    model = make_ranker(make_config(dims={"user": 16, "context.hour": 4}))
+    loss, _ = model(make_batch())
+    loss.backward()
+    assert all(torch.isfinite(g).all() for g in gradients(model.sparse.trained.parameters()))
+    assert sorted(model.sparse.others) == ["dim_16", "dim_4"]
+    with pytest.raises(ValueError, match=r"ranker\.dims: 'item' is no feature of requests or context"):
+        make_ranker(make_config(dims={"item": 16}))
+
+
 def test_labels_other_than_zero_and_one_are_refused() -> None:
     model, batch = make_ranker(), make_batch()
     batch.labels[3, 0] = 4.0
@@ -230,6 +240,7 @@ def test_every_row_of_the_comparison_trains(row: str) -> None:
         ({"distribution_weight": -1.0}, "ranker.distribution_weight=-1.0: choose 0 or more"),
         ({"task_weights": {"click": -1.0}}, r"ranker.task_weights\['click'\]=-1.0"),
         ({"dropout": 1.0}, "ranker.dropout=1.0"),
+        ({"dims": {"user": 6}}, r"ranker.dims\['user'\]=6: choose a positive multiple of 4"),
     ],
 )
 def test_configuration_that_cannot_be_is_refused(values: dict[str, Any], message: str) -> None:
@@ -251,9 +262,9 @@ def test_what_the_data_lacks_is_refused() -> None:
 def train_sharded(env: DistributedEnv, steps: int) -> list[float]:
     """Losses of a sharded ranker, each rank on its part of the same global batches."""
     torch.manual_seed(0)
-    model, exchange = ranker_of(make_config(), FEATURES, ITEMS), RankExchange()
+    model, exchange = ranker_of(make_config(dims={"user": 16}), FEATURES, ITEMS), RankExchange()
     model.dense.objective.exchange = exchange
-    sharding.fuse_optimizer(model.sparse.ids, sharding.TableOptimizerConfig(name="adagrad", learning_rate=0.05))
+    sharding.fuse_optimizer(model.sparse.trained, sharding.TableOptimizerConfig(name="adagrad", learning_rate=0.05))
     sharding.freeze(model.sparse.content)
     sharded = sharding.shard(model, sharding.make_plan(model, env.device), env.device)
     dense = [p for name, p in sharded.named_parameters() if "dense." in name]

@@ -59,6 +59,25 @@ def test_content_of_one_width_shares_a_collection() -> None:
     assert sorted(arch.content) == ["width_4", "width_8"]
 
 
+def test_tables_of_another_width_lie_in_collections_of_their_own() -> None:
+    tables = [
+        *TABLES,
+        TableConfig(name="user", num_embeddings=5, dim=4),
+        TableConfig(name="hour", num_embeddings=2, dim=16),
+    ]
+    arch = SparseArch(tables, 8, CONTENTS, torch.device("cpu"))
+    found = merge(arch(make_features({**IDS, "user": [4, 0], "hour": [1]})))
+    assert {name: found[name].shape for name in ("item", "user", "hour")} == {
+        "item": (3, 8),
+        "user": (2, 4),
+        "hour": (1, 16),
+    }
+    assert sorted(arch.others) == ["dim_16", "dim_4"]
+    assert len(list(arch.trained.parameters())) == 4
+    assert found["user"].requires_grad
+    assert not list(make_arch().others)
+
+
 def test_ids_learn_and_content_does_not() -> None:
     arch = make_arch()
     found = merge(arch(make_features(IDS)))
@@ -94,5 +113,7 @@ def test_table_names_hold_no_dots() -> None:
 def test_bad_tables_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match="table 'item': num_embeddings=0"):
         TableConfig(name="item", num_embeddings=0)
+    with pytest.raises(ValueError, match="table 'user': dim=6; choose a positive multiple of 4"):
+        TableConfig(name="user", num_embeddings=3, dim=6)
     with pytest.raises(ValueError, match="modality 'title': width=0"):
         ContentTableConfig(modality="title", num_embeddings=3, width=0)

@@ -68,7 +68,7 @@ def ranker_of(config: RankerConfig, features: RankingFeatures, num_items: int) -
         for name, width in features.modalities.items()
     ]
     tables = [TableConfig(name="item", num_embeddings=num_items)]
-    tables += [TableConfig(name=name, num_embeddings=rows) for name, rows in _ROWS.items()]
+    tables += [TableConfig(name=name, num_embeddings=rows, dim=config.dims.get(name)) for name, rows in _ROWS.items()]
     sparse = SparseArch(tables, config.width, contents, torch.device("cpu"))
     with torch.no_grad():
         for parameter in sparse.content.parameters():
