@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from mufasa_rec.data.schema import DatasetManifest
+from tests.helpers.impressions import prepare_impressions
 from torchx_apps import ablate, ablate_fusion
 from torchx_apps.ablate import config_hash, main, parse
 from torchx_apps.local_job import Job
@@ -152,3 +153,37 @@ def test_wrong_argument_is_refused_before_anything_runs(
     assert message in capsys.readouterr().err
     assert not jobs
     assert not (tmp_path / "grid").exists()
+
+
+def test_rankers_are_compared_by_their_scores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dataset = prepare_impressions(tmp_path / "data")
+
+    def run(job: Job, log_dir: Path, threads: int = 1) -> float:
+        given = list(job.program_args)
+        options = {flag: given[place + 1] for place, flag in enumerate(given[:-1]) if flag.startswith("--")}
+        folder = Path(options["--run"] if job.component == "train" else options["--output"])
+        folder.mkdir(parents=True)
+        if job.component == "train":
+            (folder / "summary.json").write_text(json.dumps({"best": {"auc": 0.5}}))
+            return 1.0
+        (folder / "evaluation.json").write_text(json.dumps({"rows": [{"row": "model", "seconds": 60.0}]}))
+        users = np.arange(40)
+        label, good = (users % 2).astype(np.uint8), "dmae" in options["--run"]
+        logit = (label if good else 1 - label).astype(np.float32)
+        scores = {
+            "row": users,
+            "user": users,
+            "item_count": users % 3,
+            "label.click": label,
+            "logit.model.click": logit,
+        }
+        save_file(scores, folder / "scores.safetensors")
+        return 1.0
+
+    monkeypatch.setattr(ablate, "run_job", run)
+    asked = ["ranking", "--output", str(tmp_path / "out"), "--data.dataset", dataset, "--variants", "dmae,din"]
+    assert main([*asked, "--seeds", "0"]) == 0
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "| dmae | 1 | 1.0000 |" in table and "| din | 1 | 0.0000 |" in table and "-1.0000 [-1.0000" in table

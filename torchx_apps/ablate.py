@@ -21,12 +21,14 @@ from pathlib import Path
 from mufasa_rec.config import RunConfig
 from mufasa_rec.data import paths
 from mufasa_rec.data.schema import DatasetManifest
-from mufasa_rec.evaluation.grid import Cell, markdown
+from mufasa_rec.evaluation.grid import markdown
+from mufasa_rec.evaluation.ranking_grid import ranking_markdown
 from mufasa_rec.versions import code_versions
 from torchx_apps import ablate_fusion, command_line, extractors
-from torchx_apps.ablate_cells import config_hash, read_cell
+from torchx_apps.ablate_cells import config_hash, read_cell, read_ranking_cell
 from torchx_apps.ablate_fusion import Fusion
 from torchx_apps.evaluate import MODEL, RANKS_FILE
+from torchx_apps.evaluate_ranking import SCORES_FILE
 from torchx_apps.grids import GRIDS, RAW, Variants
 from torchx_apps.local_job import Job, JobFailedError, run_job
 
@@ -215,7 +217,8 @@ def run_cell(grid: Grid, variant: str, seed: int) -> None:
     }
     stem.parent.mkdir(parents=True, exist_ok=True)
     with paths.atomic_write(stem.with_suffix(".safetensors")) as path:
-        path.write_bytes((results / RANKS_FILE).read_bytes())
+        scores = SCORES_FILE if grid.configs[variant].task == "ranking" else RANKS_FILE
+        path.write_bytes((results / scores).read_bytes())
     with paths.atomic_write(stem.with_suffix(".json")) as path:
         path.write_text(json.dumps(cell, indent=2) + "\n")
 
@@ -230,14 +233,16 @@ def _reading(dataset: str, flags: list[str]) -> list[str]:
 
 def write_table(grid: Grid) -> str:
     """Write table.md from the cells that there are; returns its text."""
-    cells: dict[str, dict[int, Cell]] = {}
-    for variant in grid.configs:
-        cells[variant] = {}
-        for seed in grid.seeds:
-            stem = grid.stem(variant, seed)
-            if stem.with_suffix(".json").exists():
-                cells[variant][seed] = read_cell(stem)
-    text = markdown(cells, grid.versus)
+    done = {
+        variant: {seed: stem for seed in grid.seeds if (stem := grid.stem(variant, seed)).with_suffix(".json").exists()}
+        for variant in grid.configs
+    }
+    if {config.task for config in grid.configs.values()} == {"ranking"}:
+        ranked = {name: {seed: read_ranking_cell(stem) for seed, stem in stems.items()} for name, stems in done.items()}
+        text = ranking_markdown(ranked, grid.versus)
+    else:
+        cells = {name: {seed: read_cell(stem) for seed, stem in stems.items()} for name, stems in done.items()}
+        text = markdown(cells, grid.versus)
     with paths.atomic_write(grid.output / "table.md") as path:
         path.write_text(text)
     return text

@@ -13,6 +13,8 @@ from safetensors.numpy import load_file
 
 from mufasa_rec.config import RunConfig
 from mufasa_rec.evaluation.grid import Cell
+from mufasa_rec.evaluation.ranking_grid import RankingCell
+from mufasa_rec.evaluation.scored import Scored
 from torchx_apps.evaluate import MODEL
 
 # What makes no other cell: where the data lies, the seed (which names the cell itself), how a run is watched.
@@ -35,6 +37,19 @@ def _flat(fields: dict[str, Any], prefix: str) -> list[tuple[str, Any]]:
     for name, value in fields.items():
         found += _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
     return found
+
+
+def read_ranking_cell(stem: Path) -> RankingCell:
+    """Read the cell of a ranker whose files have this stem."""
+    told = json.loads(stem.with_suffix(".json").read_text())
+    found = load_file(stem.with_suffix(".safetensors"))
+    prefix = f"logit.{MODEL}."
+    tasks = [name.removeprefix(prefix) for name in found if name.startswith(prefix)]
+    scored = {
+        task: Scored(found["row"], found["user"], found[prefix + task], found[f"label.{task}"])
+        for task in sorted(tasks)
+    }
+    return RankingCell(scored, found["item_count"], seconds=told["seconds"])
 
 
 def read_cell(stem: Path) -> Cell:

@@ -134,7 +134,8 @@ def parse_options(argv: Sequence[str] | None) -> DemoOptions:
             raise ValueError(f"seed is {given['seed']!r}: give a whole number, SEED=0")
         given["seed"] = int(given["seed"])
     if given.get("task") == "ranking":
-        given = {"run": Path("runs/demo-ranking"), "preset": "demo-ranking"} | given
+        own: dict[str, Any] = {"run": Path("runs/demo-ranking"), "preset": "demo-ranking"}
+        given = own | given
     return DemoOptions(**given)
 
 

@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,7 @@ def evaluate_ranking(
     }
     evaluation = {"dataset": facts, "rows": rows, "pairs": _pairs(found), "runs": {k: str(v) for k, v in runs.items()}}
     output.mkdir(parents=True, exist_ok=True)
-    _write_scores(found, data, output)
+    _write_scores(found, _item_counts(configs[name], data, part, env), output)
     return _write(evaluation, output)
 
 
@@ -172,15 +172,26 @@ def _pairs(found: Found) -> list[dict[str, Any]]:
     return pairs
 
 
-def _write_scores(found: Found, data: assembly.OpenDataset, output: Path) -> None:
+def _item_counts(
+    config: RunConfig, data: assembly.OpenDataset, part: str, env: DistributedEnv
+) -> tuple[np.ndarray, np.ndarray]:
+    """Every impression of the part, ascending, and the training impressions of its item."""
+    loader = ranking.make_loader(config, data, part, replace(env, rank=0, world_size=1))
+    batches = [(batch.impression.numpy(), batch.item_count.numpy()) for batch in loader.batches(0)]
+    row, count = (np.concatenate(column) for column in zip(*batches, strict=True))
+    order = np.argsort(row)
+    return row[order], count[order]
+
+
+def _write_scores(found: Found, counts: tuple[np.ndarray, np.ndarray], output: Path) -> None:
     """Write what paired comparisons with other evaluations of the split need: each impression's logit by every row."""
-    columns: dict[str, np.ndarray] = {}
+    columns: dict[str, np.ndarray] = {"row": counts[0], "item_count": counts[1]}
     for row, results in found.items():
         for task, result in results.items():
             if result.scored is None:
                 logger.warning("%s: more impressions than the budget of exact metrics; scores are not written", row)
                 return
-            columns |= {"row": result.scored.row, "user": result.scored.user, f"label.{task}": result.scored.label}
+            columns |= {"user": result.scored.user, f"label.{task}": result.scored.label}
             columns[f"logit.{row}.{task}"] = result.scored.logit
     with paths.atomic_write(output / SCORES_FILE) as path:
         save_file({name: np.ascontiguousarray(values) for name, values in columns.items()}, path)
