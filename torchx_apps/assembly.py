@@ -223,7 +223,7 @@ def shard_model(
     plan = sharding.make_plan(model, device, config.sharding)
     if dist.get_rank() == 0:
         logger.info("plan:\n%s", sharding.describe(plan))
-    trained = [c.name for collection in model.sparse.trained for c in collection.embedding_configs()]
+    trained = model.sparse.trained_tables
     sharded = sharding.shard(model, plan, device)
     sharding.initialise_tables(sharded, dict.fromkeys(trained, init_std), config.seed)
     stores = {table_name(f"content.{name}"): store.read for name, store in data.catalog.stores.items()}

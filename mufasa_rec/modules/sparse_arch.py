@@ -104,6 +104,11 @@ class SparseArch(nn.Module):
         """The collections that learn."""
         return nn.ModuleList([self.ids, *self.others.values()])
 
+    @property
+    def trained_tables(self) -> list[str]:
+        """Names of the tables that learn."""
+        return [name.split(".")[-2] for name, _ in self.trained.named_parameters()]
+
     def forward(self, features: KeyedJaggedTensor) -> list[dict[str, JaggedTensor]]:
         """Look up every feature.
 
