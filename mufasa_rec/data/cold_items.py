@@ -42,7 +42,7 @@ def choose_cold(ids: np.ndarray, config: ColdConfig) -> np.ndarray:
 
     Example:
         >>> cold = choose_cold(np.arange(1000), ColdConfig(share=0.1))
-        >>> 70 < cold.sum() < 130, bool((cold[:9] == choose_cold(np.arange(9), ColdConfig(share=0.1))).all())
+        >>> bool(70 < cold.sum() < 130), bool((cold[:9] == choose_cold(np.arange(9), ColdConfig(share=0.1))).all())
         (True, True)
     """
     return uniform(config.seed, _STREAM, ids) < config.share
