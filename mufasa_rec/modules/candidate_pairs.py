@@ -104,8 +104,8 @@ def plan_pairs(
     groups = _tight_groups(history, max_events) if tight else [_one_group(history, max_events)]
     owner = sequence_ids(candidates.offsets, num_candidates)
     slot = positions(candidates.offsets, num_candidates)
-    num_slots = int(lengths_of(candidates.offsets).max())
     if not tight:
+        num_slots = int(lengths_of(candidates.offsets).max())  # the one number that the host waits for
         everyone = torch.arange(num_candidates, device=owner.device)
         empty = (lengths_of(history.offsets) == 0)[owner]
         return [PairGroup(g.gather, g.valid, everyone, owner, slot, num_slots, empty) for g in groups]
@@ -115,7 +115,8 @@ def plan_pairs(
         place[group.sequences] = torch.arange(len(group.sequences))
         mine = torch.nonzero(place[owner] >= 0).squeeze(1)
         if len(mine):
-            found.append(PairGroup(group.gather, group.valid, mine, place[owner[mine]], slot[mine], num_slots))
+            row, slots = place[owner[mine]], slot[mine]
+            found.append(PairGroup(group.gather, group.valid, mine, row, slots, int(slots.max()) + 1))
     return found
 
 
