@@ -86,7 +86,7 @@ def demo_ranking() -> RunConfig:
         data=DataConfig(split="impressions", batch_size=128, max_history=64),
         ranker=RankerConfig(width=16, dmae=SimilarityInterestConfig(width=16), hidden=(64, 32)),
         optimizer=OptimizerConfig(learning_rate=6e-3, warmup_steps=50),
-        trainer=TrainerConfig(epochs=2, patience=0, monitor="auc"),
+        trainer=TrainerConfig(epochs=2, max_steps=450, patience=0, monitor="auc"),
     )
 
 
