@@ -188,10 +188,13 @@ def _neighbours(
     told = _describer(config, data)
     counts = data.catalog.counts[sample.rows]
     cold = rng.permutation(np.flatnonzero(counts == 0))[:_COLD]
-    popular: dict[tuple[str, ...], int] = {}  # of different genres, as far as there are some among the most chosen
+    popular, seen = [], set()  # of genres that have nothing in common, as far as the most chosen ones allow
     for place in np.argsort(-counts, kind="stable")[:_LOOKED_AT]:
-        popular.setdefault(tuple(told(sample.rows[place])["genres"]), int(place))
-    queries = np.r_[list(popular.values())[:_POPULAR], cold].astype(np.int64)
+        genres = set(told(sample.rows[place])["genres"]) or {None}
+        if not genres & seen and len(popular) < _POPULAR:
+            popular.append(int(place))
+            seen |= genres
+    queries = np.r_[popular, cold].astype(np.int64)
     shown = {"fused": measures.nearest(sample.z, queries, _SHOWN)[0]}
     shown["title"] = measures.nearest(sample.titles, queries, _SHOWN)[0]
     return [
