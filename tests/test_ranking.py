@@ -7,25 +7,30 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
 from safetensors.numpy import load_file
 
 from mufasa_rec.config import RunConfig, load_config, save_config
+from mufasa_rec.data.importers import generated
 from mufasa_rec.data.loader import DataConfig, RequestsConfig
+from mufasa_rec.data.prepare import PrepareConfig, prepare
 from mufasa_rec.data.ranking_batch import RankingBatch
 from mufasa_rec.data.row_ids import load_row_ids
 from mufasa_rec.data.schema import DatasetManifest
+from mufasa_rec.distributed.collectives import RankExchange
 from mufasa_rec.distributed.env import DistributedEnv
 from mufasa_rec.distributed.sharding import TableOptimizerConfig
 from mufasa_rec.models.ranker_config import RankerConfig, comparator
 from mufasa_rec.modules.similarity_interest import SimilarityInterestConfig
-from mufasa_rec.training.checkpoint import find_checkpoint
+from mufasa_rec.training.checkpoint import find_checkpoint, load_model
 from mufasa_rec.training.optim import OptimizerConfig
 from mufasa_rec.training.trainer_config import TrainerConfig
-from tests.helpers.impressions import prepare_impressions, write_source
+from tests.helpers.impressions import SMALL, prepare_impressions, write_source
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import metrics_of, weights_of
+from torchx_apps import assembly, ranking
 from torchx_apps import evaluate as evaluate_app
 from torchx_apps import train as train_app
 from torchx_apps.ablate_cells import config_hash
@@ -129,10 +134,6 @@ def test_evaluation_puts_runs_side_by_side_on_the_same_impressions(trained: dict
 
 
 def test_generated_impressions_come_with_an_oracle_row(tmp_path: Path) -> None:
-    from mufasa_rec.data.importers import generated
-    from mufasa_rec.data.prepare import PrepareConfig, prepare
-    from tests.helpers.impressions import SMALL
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generated, "ClicksConfig", lambda: SMALL)
         dataset = str(tmp_path / "dataset")
@@ -145,12 +146,16 @@ def test_generated_impressions_come_with_an_oracle_row(tmp_path: Path) -> None:
     assert rows[1]["auc"] > 0.7 and rows[1]["calibration"] == pytest.approx(1.0, abs=0.3)
 
 
+def test_own_histories_without_times_train_as_well(tmp_path: Path) -> None:
+    past = pa.array([[1, 2, 3][: row % 4] for row in range(960)], pa.list_(pa.int64()))
+    source = write_source(tmp_path / "source", events=False, past=past)
+    config = ranking_config(prepare_impressions(tmp_path, source, history_item="past"), max_steps=3)
+    run_ranks(train_all, 1, {str(tmp_path / "run"): config})
+    assert metrics_of(tmp_path / "run", "validation")[-1]["auc"] > 0
+
+
 def logits_of(env: DistributedEnv, run: str, config: RunConfig) -> dict[int, list[float]]:
     """Logits of every impression of the test part by the best checkpoint of a run."""
-    from mufasa_rec.distributed.collectives import RankExchange
-    from mufasa_rec.training.checkpoint import load_model
-    from torchx_apps import assembly, ranking
-
     exchange = RankExchange()
     data = assembly.open_dataset(config, assembly.load_vocabulary(run))
     model = ranking.shard_ranker(config, data, ranking.build_ranker(config, data, exchange), env.device)
@@ -233,11 +238,11 @@ def test_task_weights_are_read_from_a_file(tmp_path: Path) -> None:
 
 
 def test_what_a_task_does_not_read_makes_no_other_cell(impressions: str) -> None:
-    retrieval, ranking = RunConfig(), ranking_config(impressions)
+    retriever, ranker = RunConfig(), ranking_config(impressions)
     wide = RankerConfig(width=64)
-    assert config_hash(retrieval, "s") == config_hash(replace(retrieval, ranker=wide), "s")
-    assert config_hash(ranking, "s") != config_hash(replace(ranking, ranker=wide), "s")
-    assert config_hash(ranking, "s") == config_hash(replace(ranking, model=replace(ranking.model, width=16)), "s")
+    assert config_hash(retriever, "s") == config_hash(replace(retriever, ranker=wide), "s")
+    assert config_hash(ranker, "s") != config_hash(replace(ranker, ranker=wide), "s")
+    assert config_hash(ranker, "s") == config_hash(replace(ranker, model=replace(ranker.model, width=16)), "s")
 
 
 def test_rows_of_one_table_are_of_one_task(trained: dict[str, str], dataset: str, tmp_path: Path) -> None:

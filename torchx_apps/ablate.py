@@ -162,7 +162,7 @@ def _check_data(config: RunConfig, manifest: DatasetManifest, raw: list[str], fu
     if fusion is not None and fusion.config.layer.anchor not in raw:
         raise ValueError(f"fuse: data set {manifest.name!r} has no {fusion.config.layer.anchor!r}; there are {raw}.")
     there = {*raw, *([fusion.config.output] if fusion else []), *manifest.content}
-    missing = sorted({*(config.data.modalities or ())} - there) if config.model.use_content else []
+    missing = sorted({*(config.data.modalities or ())} - there) if config.uses_content else []
     if missing or config.data.modalities == ():
         raise ValueError(f"data.modalities: data set {manifest.name!r} has no {', '.join(missing) or 'content'}.")
 

@@ -128,6 +128,8 @@ class ImpressionsPreparation(Preparation):
         if items is not None:
             items = items.set_column(items.column_names.index(raw.ITEM_ID), raw.ITEM_ID, file_items)
         past = lists.values.cast(shown.type)
+        if self.config.unknown_items == "drop":
+            raise ValueError("--unknown-items drop: not for impressions with a history of their own; use add or refuse")
         self.catalog = build_catalog(items, pa.concat_arrays([shown, past]).unique(), self.config.unknown_items)
         self.requests = group_requests(self.shown, numeric_ids(flat(table[raw.USER])), numeric_ids(shown))
         times = flat(table[raw.HISTORY_TIME]).values if raw.HISTORY_TIME in table.column_names else None

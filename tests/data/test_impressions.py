@@ -187,6 +187,19 @@ def test_own_history_is_kept_and_cut_where_it_has_times(tmp_path: Path, times: b
     assert check_dataset(dataset) == []
 
 
+def test_items_of_own_histories_are_never_dropped_silently(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "source", events=False, **own_history(times=False))
+    pq.write_table(pa.table({"item_id": [1, 2]}), source / "items.parquet")
+    config = PrepareConfig(
+        input=str(source),
+        output=str(tmp_path / "out"),
+        columns=impressions_config(history_item="past"),
+        unknown_items="drop",
+    )
+    with pytest.raises(ValueError, match="--unknown-items drop: not for impressions with a history of their own"):
+        prepare(config)
+
+
 @pytest.mark.parametrize(
     ("columns", "change", "message"),
     [
