@@ -15,7 +15,7 @@ import json
 import logging
 import pkgutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import ModuleType
 
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -52,9 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 module = _module(name)
                 if hasattr(module, "main"):
                     continue
-                found = module.run(settings)
-                print(_table(module, found), flush=True)
-                rows.extend(as_json(name, found))
+                rows.extend(as_json(name, _printed(module, module.run(settings))))
         if options.json:
             with paths.atomic_write(options.json) as path:
                 path.write_text(json.dumps(rows, indent=2) + "\n")
@@ -72,18 +70,20 @@ def _module(name: str) -> ModuleType:
     return importlib.import_module(f"{benchmarks.__name__}.{name}")
 
 
-def _table(module: ModuleType, rows: list[Measured]) -> str:
-    """A benchmark's rows for a reader."""
+def _printed(module: ModuleType, rows: Iterable[Measured]) -> list[Measured]:
+    """Print a benchmark's rows for a reader, each as soon as it is there."""
     where = surroundings()
-    lines = ["", (module.__doc__ or "").splitlines()[0]]
-    lines.append(f"{where['device']} · {where['threads']} thread(s) · commit {where['commit'] or 'unknown'}")
-    lines.append(f"{'':<58} {'median':>10} {'P10':>10} {'P90':>10}")
+    print("", (module.__doc__ or "").splitlines()[0], sep="\n")
+    print(f"{where['device']} · {where['threads']} thread(s) · commit {where['commit'] or 'unknown'}")
+    print(f"{'':<58} {'median':>10} {'P10':>10} {'P90':>10}", flush=True)
+    found = []
     for row in rows:
         numbers = " ".join(f"{_number(value):>10}" for value in (row.median, row.p10, row.p90))
-        lines.append(f"{row.case:<58} {numbers}  {row.unit}")
-    shapes = {name: value for row in rows for name, value in row.shape.items()}
-    lines.append(" · ".join(f"{name} {value:,}" for name, value in shapes.items()))
-    return "\n".join(lines)
+        print(f"{row.case:<58} {numbers}  {row.unit}", flush=True)
+        found.append(row)
+    shapes = {name: value for row in found for name, value in row.shape.items()}
+    print(" · ".join(f"{name} {value:,}" for name, value in shapes.items()), flush=True)
+    return found
 
 
 def _number(value: float) -> str:

@@ -69,6 +69,30 @@ def full_attention(x: Projected, k: Tensor, v: Tensor) -> Tensor:
     return causal_attention(qkv, plan_groups(offsets_of(LENGTHS), sum(LENGTHS)))
 
 
+@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize("shared", [False, True])
+def test_diverged_sequence_leaves_outputs_and_gradients_of_the_others(name: str, shared: bool) -> None:
+    """Tiles may gather rows of the next sequence; not even its NaN gets out of it."""
+    torch.manual_seed(0)
+    lengths = [5, 17, 9, 70, 3, 40]
+    times, weight = random_times(sum(lengths)), torch.randn(sum(lengths), 2, 8)
+    layout, x = make_layout(lengths, PATTERNS[name], times=times), make_rows(sum(lengths), 2, 1, shared=shared)
+    offsets = offsets_of(lengths).tolist()
+    for poisoned in range(len(lengths)):
+        ill = torch.zeros(sum(lengths), 1, 1, dtype=torch.bool)
+        ill[offsets[poisoned] : offsets[poisoned + 1]] = True
+        with_nan = {id(t): t.detach().masked_fill(ill, float("nan")).requires_grad_() for t in x.tensors().values()}
+        runs = []
+        for inputs in (x, Projected(**{field: with_nan[id(t)] for field, t in x.tensors().items()})):
+            leaves = [*{id(t): t for t in inputs.tensors().values()}.values()]
+            out = attend(inputs, layout)[0]
+            kept = (out * weight)[~ill.flatten()].sum()
+            grads = torch.autograd.grad(kept, leaves, allow_unused=True)
+            runs.append([out, *(torch.zeros_like(t) if g is None else g for t, g in zip(leaves, grads, strict=True))])
+        for clean, sick in zip(*runs, strict=True):
+            torch.testing.assert_close(sick[~ill.flatten()], clean[~ill.flatten()], **CLOSE)
+
+
 @pytest.mark.parametrize("name", ["tiles of a block", "no sharing", "overlapping tokens", "no first block", "timegap"])
 def test_all_blocks_selected_is_full_causal_attention(name: str) -> None:
     torch.manual_seed(0)

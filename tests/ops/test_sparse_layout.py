@@ -122,27 +122,31 @@ def test_block_that_ended_early_is_readable_from_the_next_event_on() -> None:
 
 @pytest.mark.parametrize("name", PATTERNS)
 def test_every_query_lies_in_one_tile_of_a_branch_at_most(name: str) -> None:
-    for starts, fuse in (([0] * len(LENGTHS), True), (range(len(LENGTHS)), True), (range(len(LENGTHS)), False)):
+    for starts in ([0] * len(LENGTHS), range(len(LENGTHS))):
         layout = make_layout(LENGTHS, PATTERNS[name], starts)
-        plan = plan_tiles(layout, fuse=fuse)
+        plan = plan_tiles(layout)
         for groups, everyone in (
-            (plan.window + plan.fused, True),
-            (plan.selected + plan.fused, False),
+            (plan.window, True),
+            (plan.selected, False),
             (plan.block, False),
         ):
             count = torch.zeros(layout.num_events, dtype=torch.int64)
             for group in groups:
-                for begin in group.queries.tolist():
-                    count[begin : begin + group.rows] += 1
+                answered = torch.full_like(group.queries, group.rows)
+                if group.spare is not None:
+                    answered -= group.spare.rows.sum(1)
+                for begin, rows in zip(group.queries.tolist(), answered.tolist(), strict=True):
+                    count[begin : begin + rows] += 1
             assert count.max() == 1
             assert not everyone or count.min() == 1
 
 
-def test_whole_blocks_with_shared_keys_are_fused() -> None:
-    layout = make_layout([111, 30], PATTERNS["window of whole blocks"])
-    assert [len(group.queries) for group in plan_tiles(layout, fuse=True).fused] == [2, 10]
-    assert not plan_tiles(layout, fuse=False).fused
-    assert not plan_tiles(make_layout([111], PATTERNS["window of whole blocks"], [3]), fuse=True).fused
+def test_last_tiles_of_sequences_are_few_shapes() -> None:
+    """Also where the batch ends, and where blocks end by pauses; else each would be a shape of its own."""
+    for name in ("tiles of a block", "timegap"):
+        layout = make_layout([*range(1, 64), 111], PATTERNS[name])
+        plan = plan_tiles(layout)
+        assert max(len(plan.window), len(plan.selected), len(plan.block)) <= 45
 
 
 @pytest.mark.parametrize("name", ["tiles of a block", "overlapping tokens", "coherence"])

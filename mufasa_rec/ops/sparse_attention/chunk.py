@@ -6,24 +6,20 @@ weights; this is the gradient of the branch's gate too.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from mufasa_rec.ops.sparse_attention.tiles import LOG2E, Head, Runs
 
 
-def forward_chunk(
-    head: Head, runs: Runs, taken: tuple[Tensor, Tensor, Tensor], gates: Sequence[Tensor], out: Tensor
-) -> list[Tensor]:
+def forward_chunk(head: Head, runs: Runs, taken: tuple[Tensor, Tensor, Tensor], gate: Tensor, out: Tensor) -> Tensor:
     """Attend.
 
     Args:
         head: The head.
         runs: The chunk.
         taken: Queries, scaled for logits in powers of two, `[C, rows * R, D]`; keys and values, `[C, columns, D]`.
-        gates: The branch's gate, `[C, rows * R, 1]`.
+        gate: The branch's gate, `[C, rows * R, 1]`.
         out: Where to write the attended values times the gate, `[C, rows * R, D]`.
 
     Returns:
@@ -33,17 +29,17 @@ def forward_chunk(
     logits = head.logits(q, k, runs)
     peak = logits.amax(-1, keepdim=True)
     total = logits.sub_(peak).exp2_().sum(-1, keepdim=True)
-    torch.bmm(logits, v, out=out).mul_(gates[0] / total)
-    return [total.log2_().add_(peak)]
+    torch.bmm(logits, v, out=out).mul_(gate / total)
+    return total.log2_().add_(peak)
 
 
 def backward_chunk(
     head: Head,
     runs: Runs,
     taken: tuple[Tensor, Tensor, Tensor, Tensor],
-    numbers: tuple[Sequence[Tensor], Sequence[Tensor]],
+    numbers: tuple[Tensor, Tensor],
     out: Tensor,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Find the gradients.
 
     Args:
@@ -56,11 +52,11 @@ def backward_chunk(
     Returns:
         Gradients of the keys and values, in the memory of those, and of the gate.
     """
-    (q, k, v, grad), (gate,), (lse,) = taken, *numbers
+    (q, k, v, grad), (gate, lse) = taken, numbers
     weights = head.logits(q, k, runs).sub_(lse).exp2_()
     change = head.product("change", grad, v.transpose(1, 2)).mul_(weights)
     mean = change.sum(-1, keepdim=True)
     change.addcmul_(weights, mean, value=-1)
     torch.bmm(change, k, out=out).mul_(gate)  # the gate scales rows: let the narrow side of each product bear it
     by_k = head.product("k", change.transpose(1, 2), q * (gate / LOG2E))
-    return by_k, head.product("v", weights.transpose(1, 2), grad * gate), [mean]
+    return by_k, head.product("v", weights.transpose(1, 2), grad * gate), mean

@@ -1,104 +1,30 @@
-"""Tiles of equal shape, found once per batch, so that matrix products run in batches without any padding.
-
-Each branch is attention from runs of queries to runs of keys. Tiles with as many queries and as many key columns, and
-the same mask, form a group, whichever sequences they lie in. What no tile of a group may see is cut off by a mask on
-the few columns where it differs between its queries.
-"""
+"""The tiles of every branch of a batch, found once, in groups of equal shape so that matrix products run in batches."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mufasa_rec.ops.jagged import positions, sequence_ids
 from mufasa_rec.ops.sparse_attention.layout import Layout
-
-_NOTHING = float("-inf")
-
-
-@dataclass(frozen=True)
-class TileGroup:
-    """Tiles of one shape.
-
-    Attributes:
-        rows: Queries of a tile.
-        queries: First query of each tile, `[C]` int64.
-        keys: First row of each tile's own run of keys, `[C]` int64.
-        length: Rows of a run of keys.
-        columns: Key columns: those of the selected blocks, then of the own run as far as the tile reads it.
-        masks: What to add to the logits of columns `begin` to `end`: `(begin, end, [rows, end - begin])`.
-        num_blocks: Selected blocks before the own run; 0 outside the selected branch.
-        own_run: Whether there is an own run.
-        num_before: Runs before the tile that are read ahead of all others; 0 but in fused tiles.
-        tiles: Each tile's row in the selection, `[C]` int64; None outside the selected branch.
-    """
-
-    rows: int
-    queries: Tensor
-    keys: Tensor
-    length: int
-    columns: int
-    masks: tuple[tuple[int, int, Tensor], ...]
-    num_blocks: int = 0
-    own_run: bool = True
-    num_before: int = 0
-    tiles: Tensor | None = None
-
-    def split(self, size: int) -> list[TileGroup]:
-        """The group in parts of at most `size` tiles."""
-        if len(self.queries) <= size:
-            return [self]
-        queries, keys = self.queries.split(size), self.keys.split(size)
-        tiles = [None] * len(queries) if self.tiles is None else self.tiles.split(size)
-        return [replace(self, queries=q, keys=k, tiles=t) for q, k, t in zip(queries, keys, tiles)]
+from mufasa_rec.ops.sparse_attention.tile_group import NOTHING, TileGroup, by_shape, edge_masks, rounded, spare_of
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The tiles of every branch; fused tiles are those of the window and the selected branch at once."""
+    """The tiles of every branch."""
 
     window: list[TileGroup]
     selected: list[TileGroup]
     block: list[TileGroup]
-    fused: list[TileGroup]
 
 
-def plan_tiles(layout: Layout, *, fuse: bool) -> Plan:
-    """Find the tiles of a batch.
-
-    Args:
-        layout: The batch's blocks.
-        fuse: Whether the window and the selected branch read the same keys and values. Then a whole block of queries
-            reads its window, itself and its selected blocks as one list of keys: a fifteenth fewer products.
-    """
-    pattern, tiles = layout.pattern, layout.tiles
-    block = pattern.selection_block
-    window = pattern.window or 1
-    fits = fuse and pattern.window_branch and pattern.selected_branch and pattern.own_block and all_full(layout)
-    if not fits or pattern.tile != block or window % block:
-        return Plan(window_groups(layout), selected_groups(layout), block_groups(layout), [])
-    fused = (tiles.end - tiles.begin == block) & (tiles.begin - layout.offsets[tiles.sequence] >= window)
-    apart = torch.nonzero(~fused).squeeze(1)
-    cut = tiles.begin[apart], tiles.end[apart], layout.offsets[tiles.sequence[apart]]
-    together = fused_groups(layout, torch.nonzero(fused).squeeze(1))
-    return Plan(window_groups(layout, cut), selected_groups(layout, apart), block_groups(layout), together)
-
-
-def fused_groups(layout: Layout, members: Tensor) -> list[TileGroup]:
-    """Tiles of whole blocks that read the window before them, themselves, and their selected blocks."""
-    pattern, tiles, groups = layout.pattern, layout.tiles, []
-    block, before = pattern.selection_block, (pattern.window or 0) // pattern.selection_block
-    later = torch.arange(block)[:, None] < torch.arange(block)
-    too_old, future = (torch.zeros(block, block).masked_fill(hidden, _NOTHING) for hidden in (~later, later))
-    own = before * block
-    masks = (0, block, too_old), (own, own + block, future)
-    for (count,), alike in _by_shape(num_selected_blocks(layout)[members][:, None]):
-        chosen = members[alike]
-        begin, columns = tiles.begin[chosen], (before + 1 + count) * block
-        groups.append(TileGroup(block, begin, begin, block, columns, masks, count, True, before, chosen))
-    return groups
+def plan_tiles(layout: Layout) -> Plan:
+    """Find the tiles of a batch."""
+    return Plan(window_groups(layout), selected_groups(layout), block_groups(layout))
 
 
 def all_full(layout: Layout) -> bool:
@@ -110,30 +36,38 @@ def all_full(layout: Layout) -> bool:
     return bool((length == layout.pattern.selection_block).all())
 
 
-def window_groups(layout: Layout, cut: tuple[Tensor, Tensor, Tensor] | None = None) -> list[TileGroup]:
-    """Tiles of the window branch: each reads the one run of keys that its first and last query span.
-
-    Args:
-        layout: The batch's blocks.
-        cut: First query of each tile, query after its last, and first event of its sequence; None for all queries.
-    """
+def window_groups(layout: Layout) -> list[TileGroup]:
+    """Tiles of the window branch: each reads the one run of keys that its first and last query span."""
     window = layout.pattern.window
     size = 256 if window is None else min(64, max(8, 1 << (window // 4).bit_length() >> 1))
-    begin, end, first = _cut(layout.offsets, torch.zeros_like(layout.offsets[1:]), size) if cut is None else cut
+    begin, end, first = _cut(layout.offsets, torch.zeros_like(layout.offsets[1:]), size)
     keys = first if window is None else torch.maximum(first, begin - window)
+    answered = end - begin
+    rows_of = rounded(answered, size, layout.num_events - begin)
     groups = []
-    for shape, members in _by_shape(torch.stack([end - begin, end - keys], dim=1)):
+    for shape, members in by_shape(torch.stack([rows_of, rows_of + begin - keys], dim=1)):
         rows, columns = shape
         distance = torch.arange(rows)[:, None] + (columns - rows) - torch.arange(columns)
         hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
-        groups.append(TileGroup(rows, begin[members], keys[members], columns, columns, _masks(hidden)))
+        spare = spare_of(answered[members], rows, answered[members] + (columns - rows), columns)
+        masks = edge_masks(hidden)
+        groups.append(TileGroup(rows, begin[members], keys[members], columns, columns, masks, spare=spare))
     return groups
 
 
 def block_groups(layout: Layout) -> list[TileGroup]:
     """Tiles of the block branch: each reads its sequence's tokens from the first to the last that is complete."""
     size = min(512, max(32, 8 * layout.pattern.token_stride))
-    return prefix_groups(layout.offsets, layout.visible_tokens, layout.tokens.offsets[:-1], size)
+    tiles = _prefixes(layout.offsets, layout.visible_tokens, layout.tokens.offsets[:-1], size)
+    whole = tiles.end - tiles.begin == size
+    shapes = torch.unique(layout.visible_tokens[tiles.begin[whole][:, None] + torch.arange(size)], dim=0)
+    alike = 2 * len(shapes) <= int(whole.sum())  # as blocks of a fixed length are; others would be a group each
+    one_by_one = whole if alike else torch.zeros_like(whole)
+    rest = torch.nonzero(~one_by_one).squeeze(1)
+    return [
+        *_equal_prefixes(tiles, torch.nonzero(one_by_one).squeeze(1), layout.visible_tokens),
+        *_similar_prefixes(tiles, rest, layout.visible_tokens, size, layout.num_tokens),
+    ]
 
 
 def prefix_groups(offsets: Tensor, visible: Tensor, first_key: Tensor, size: int) -> list[TileGroup]:
@@ -148,23 +82,58 @@ def prefix_groups(offsets: Tensor, visible: Tensor, first_key: Tensor, size: int
     Returns:
         The groups; queries that see nothing are in none.
     """
+    tiles = _prefixes(offsets, visible, first_key, size)
+    return _equal_prefixes(tiles, torch.arange(len(tiles.begin)), visible)
+
+
+@dataclass(frozen=True)
+class _Prefixes:
+    """Runs of queries, `begin` to `end`, and the first key of their sequences, each `[C]` int64."""
+
+    begin: Tensor
+    end: Tensor
+    keys: Tensor
+
+
+def _prefixes(offsets: Tensor, visible: Tensor, first_key: Tensor, size: int) -> _Prefixes:
+    """Cut queries into tiles, without those that see nothing, which are the first of their sequences."""
     blind = torch.zeros(len(visible) + 1, dtype=torch.int64)
     blind[1:] = (visible == 0).cumsum(0)
     begin, end, first = _cut(offsets, blind[offsets[1:]] - blind[offsets[:-1]], size)
-    owner = torch.searchsorted(offsets, first, right=True) - 1
+    return _Prefixes(begin, end, first_key[torch.searchsorted(offsets, first, right=True) - 1])
+
+
+def _equal_prefixes(tiles: _Prefixes, which: Tensor, visible: Tensor) -> list[TileGroup]:
+    """Groups of tiles whose queries see as much, one by one."""
     groups = []
-    for (rows,), members in _by_shape((end - begin)[:, None]):
-        seen = visible[begin[members][:, None] + torch.arange(rows)]  # [C, rows]
-        for shape, alike in _by_shape(seen):
-            chosen, columns = members[alike], shape[-1]
-            hidden = torch.arange(columns) >= torch.tensor(shape)[:, None]
-            keys = first_key[owner[chosen]]
-            groups.append(TileGroup(rows, begin[chosen], keys, columns, columns, _masks(hidden)))
+    for (rows,), members in by_shape((tiles.end - tiles.begin)[which][:, None]):
+        begin, keys = tiles.begin[which[members]], tiles.keys[which[members]]
+        seen = visible[begin[:, None] + torch.arange(rows)]  # [C, rows]
+        for shape, alike in by_shape(seen):
+            columns = shape[-1]
+            masks = edge_masks(torch.arange(columns) >= torch.tensor(shape)[:, None])
+            groups.append(TileGroup(rows, begin[alike], keys[alike], columns, columns, masks))
     return groups
 
 
-def selected_groups(layout: Layout, which: Tensor | None = None) -> list[TileGroup]:
-    """Tiles of the selected branch (`which`, or all): each reads its selected blocks, then its own up to itself."""
+def _similar_prefixes(
+    tiles: _Prefixes, which: Tensor, visible: Tensor, size: int, num_keys: int
+) -> Iterator[TileGroup]:
+    """Groups of tiles of about as many queries and keys, each with a mask of its own."""
+    begin, keys, answered = tiles.begin[which], tiles.keys[which], (tiles.end - tiles.begin)[which]
+    most = visible[tiles.end[which] - 1]
+    rows_of = rounded(answered, size, len(visible) - begin)
+    columns_of = rounded(most, 64, num_keys - keys)
+    for (rows, columns), members in by_shape(torch.stack([rows_of, columns_of], dim=1)):
+        seen, spare = visible[begin[members][:, None] + torch.arange(rows)], None
+        if (found := spare_of(answered[members], rows, most[members], columns)) is not None:
+            seen[found.rows], spare = columns, found  # a softmax over nothing would be NaN
+        unseen = torch.zeros(*seen.shape, columns).masked_fill_(torch.arange(columns) >= seen[..., None], NOTHING)
+        yield TileGroup(rows, begin[members], keys[members], columns, columns, (), spare=spare, unseen=unseen)
+
+
+def selected_groups(layout: Layout) -> list[TileGroup]:
+    """Tiles of the selected branch: each reads its selected blocks, then its own up to itself."""
     pattern, tiles, total = layout.pattern, layout.tiles, layout.num_events
     run = min(pattern.selection_block, total)
     own = layout.blocks.begin[tiles.block]
@@ -172,11 +141,11 @@ def selected_groups(layout: Layout, which: Tensor | None = None) -> list[TileGro
     reads_own |= pattern.own_block
     num_blocks = num_selected_blocks(layout)
     keys = torch.where(num_blocks > 0, own.clamp(max=total - run), own)  # no run may leave the batch
-    shape = [num_blocks, tiles.end - tiles.begin, own - keys, tiles.end - own, reads_own.long()]
+    answered = tiles.end - tiles.begin
+    rows_of = rounded(answered, pattern.tile, torch.minimum(total - tiles.begin, own + run - tiles.begin))
+    shape = [num_blocks, rows_of, own - keys, tiles.begin + rows_of - own, reads_own.long()]
     groups = []
-    which = torch.arange(len(own)) if which is None else which
-    for (blocks, rows, shift, upto, reads), alike in _by_shape(torch.stack(shape, dim=1)[which]):
-        members = which[alike]
+    for (blocks, rows, shift, upto, reads), members in by_shape(torch.stack(shape, dim=1)):
         length = run if blocks else upto
         columns = blocks * length + reads * (shift + upto)
         if not columns:
@@ -185,8 +154,9 @@ def selected_groups(layout: Layout, which: Tensor | None = None) -> list[TileGro
         hidden = place > upto - rows + torch.arange(rows)[:, None]
         hidden |= (place < 0) & (place >= -shift)
         begin = tiles.begin[members]
-        masks = _masks(hidden)
-        group = TileGroup(rows, begin, keys[members], length, columns, masks, blocks, bool(reads), 0, members)
+        mine = answered[members] + (columns - rows) if reads else torch.full_like(members, columns)
+        spare, masks = spare_of(answered[members], rows, mine, columns), edge_masks(hidden)
+        group = TileGroup(rows, begin, keys[members], length, columns, masks, blocks, bool(reads), members, spare)
         groups.append(group)
     return groups
 
@@ -206,26 +176,3 @@ def _cut(offsets: Tensor, skip: Tensor, size: int) -> tuple[Tensor, Tensor, Tens
     owner = sequence_ids(per_sequence, num_tiles)
     start = begin[owner] + positions(per_sequence, num_tiles) * size
     return start, torch.minimum(start + size, end[owner]), offsets[owner]
-
-
-def _by_shape(shapes: Tensor) -> list[tuple[list[int], Tensor]]:
-    """Distinct rows of `shapes [N, s]`, each with the indices that have it."""
-    if not len(shapes):
-        return []
-    distinct, which = torch.unique(shapes, dim=0, return_inverse=True)
-    order = torch.argsort(which, stable=True)
-    members = order.split(torch.bincount(which, minlength=len(distinct)).tolist())
-    return list(zip(distinct.tolist(), members, strict=True))
-
-
-def _masks(hidden: Tensor) -> tuple[tuple[int, int, Tensor], ...]:
-    """Additive masks of the columns that some query may not see: those before and after the longest free run."""
-    columns = hidden.shape[1]
-    partly = torch.nonzero(hidden.any(0)).squeeze(1)
-    if not len(partly):
-        return ()
-    edges = torch.cat([partly.new_tensor([-1]), partly, partly.new_tensor([columns])])
-    widest = int(edges.diff().argmax())
-    parts = ((int(partly[0]), int(edges[widest]) + 1), (int(edges[widest + 1]), int(partly[-1]) + 1))
-    added = torch.zeros(hidden.shape).masked_fill(hidden, _NOTHING)
-    return tuple((a, b, added[:, a:b].clone()) for a, b in parts if a < b)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from mufasa_rec.ops.sparse_attention.layout import Layout
-from mufasa_rec.ops.sparse_attention.plan import TileGroup, prefix_groups
+from mufasa_rec.ops.sparse_attention.plan import prefix_groups
 from mufasa_rec.ops.sparse_attention.runs import gather_runs, run_index
+from mufasa_rec.ops.sparse_attention.tile_group import TileGroup
 
 _CHUNK_ELEMENTS = 1 << 19
 _NEVER = float("-inf")

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from mufasa_rec.ops.sparse_attention.heads import Scratch, exact_dtype
 from mufasa_rec.ops.sparse_attention.layout import Layout
-from mufasa_rec.ops.sparse_attention.plan import TileGroup, all_full
+from mufasa_rec.ops.sparse_attention.plan import all_full
 from mufasa_rec.ops.sparse_attention.runs import add_runs, gather_runs
+from mufasa_rec.ops.sparse_attention.tile_group import NOTHING, TileGroup
 
 _CHUNK_ELEMENTS = 1 << 18  # logits of a chunk of tiles: 1 MB, which stay in the cache
 LOG2E = 1.4426950408889634  # logits are kept in powers of two: exp2 is four times as fast as exp on a CPU
@@ -24,22 +25,29 @@ class Runs:
         tile: The shape of the tiles.
         queries: Each tile's queries, `[C]` int64.
         keys: Each tile's runs of keys, `[C, n]` int64.
-        hidden: Which columns are behind the end of a selected block that is shorter than a run, `[C, b * length]` for
-            the first `b` runs; None where all are full.
+        hidden: What to add to the logits of columns, minus infinity outside a selected block that is shorter than a
+            run, `[C, columns]`; None where all are full.
+        idle: Queries that a tile does not answer for, `[C, rows]` bool; None where there are none.
+        foreign: Columns that are not the tile's to read, those too, `[C, columns]` bool; None where there are none.
+        unseen: What to add to the logits of each query, `[C, rows, columns]`; None where the tile's masks say it.
     """
 
     tile: TileGroup
     queries: Tensor
     keys: Tensor
     hidden: Tensor | None
+    idle: Tensor | None = None
+    foreign: Tensor | None = None
+    unseen: Tensor | None = None
 
     def split(self, size: int) -> list[Runs]:
         """Chunks of at most `size` tiles."""
         if len(self.queries) <= size:
             return [self]
         queries, keys = self.queries.split(size), self.keys.split(size)
-        hidden = [None] * len(keys) if self.hidden is None else self.hidden.split(size)
-        return [Runs(self.tile, *parts) for parts in zip(queries, keys, hidden)]
+        optional = (self.hidden, self.idle, self.foreign, self.unseen)
+        rest = ([None] * len(keys) if given is None else given.split(size) for given in optional)
+        return [Runs(self.tile, *parts) for parts in zip(queries, keys, *rest)]
 
 
 @dataclass(frozen=True)
@@ -74,17 +82,23 @@ class Head:
         if tile.num_blocks:
             blocks, hidden = _block_runs(tile, self.layout, self.selected[:, self.number])
             parts = [blocks, *parts]
-        if tile.num_before:  # these, the own run, and the blocks behind it
-            before = own + torch.arange(-tile.num_before, 0, device=device) * tile.length
-            parts = [before, own, *parts[:-1]]
         keys = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        return Runs(tile, queries * self.groups + self.number, keys * self.groups + self.number, hidden)
+        idle, foreign = (
+            (None, None) if tile.spare is None else (s.to(device) for s in (tile.spare.rows, tile.spare.keys))
+        )
+        if hidden is not None:
+            outside = torch.nn.functional.pad(hidden, (0, tile.columns - hidden.shape[1]))
+            foreign = outside if foreign is None else foreign | outside
+            hidden = torch.zeros(outside.shape, device=device).masked_fill_(outside, NOTHING)
+        unseen = None if tile.unseen is None else tile.unseen.to(device)
+        own = queries * self.groups + self.number, keys * self.groups + self.number
+        return Runs(tile, *own, hidden, idle, foreign, unseen)
 
     def take_rows(self, name: str, rows: Tensor, runs: Runs) -> Tensor:
         """Rows `[L, H, D]` of the queries of tiles, `[C, rows * R, D]`, in the scratch memory of a name."""
         by_head = rows.view(len(rows), self.groups, -1)
         memory = self.scratch.empty(name, (len(runs.queries), runs.tile.rows, by_head.shape[-1]), rows)
-        taken = gather_runs(by_head, runs.queries, runs.tile.rows, memory)
+        taken = _cleared(gather_runs(by_head, runs.queries, runs.tile.rows, memory), runs.idle)
         return taken.view(len(taken), runs.tile.rows * self.ratio, -1).to(exact_dtype(rows.dtype))
 
     def rows_like(self, name: str, rows: Tensor) -> Tensor:
@@ -94,18 +108,18 @@ class Head:
     def add_rows(self, rows: Tensor, runs: Runs, change: Tensor) -> None:
         """Add `change [C, rows * R, D]` to the rows `[L, H, D]` of the queries of tiles."""
         by_head = rows.view(len(rows), self.groups, -1)
-        add_runs(by_head, runs.queries, change.view(len(change), runs.tile.rows, -1))
+        add_runs(by_head, runs.queries, _cleared(change.view(len(change), runs.tile.rows, -1), runs.idle))
 
     def take_keys(self, name: str, keys: Tensor, runs: Runs) -> Tensor:
         """Keys or values `[L, G, D]` of a chunk, `[C, columns, D]`, in the scratch memory of a name."""
         length, width = runs.tile.length, keys.shape[-1]
         memory = self.scratch.empty(name, (runs.keys.numel(), length, width), keys)
         taken = gather_runs(keys, runs.keys, length, memory).to(exact_dtype(keys.dtype))
-        return taken.view(len(runs.queries), -1, width)[:, : runs.tile.columns]
+        return _cleared(taken.view(len(runs.queries), -1, width), runs.foreign)[:, : runs.tile.columns]
 
     def add_keys(self, grads: Tensor, runs: Runs, change: Tensor) -> None:
         """Add `change [C, columns, D]` to the gradients `[L, G, D]` of a chunk's keys or values."""
-        length = runs.tile.length
+        length, change = runs.tile.length, _cleared(change, runs.foreign)
         missing = runs.keys.shape[1] * length - change.shape[1]
         if missing:
             change = torch.nn.functional.pad(change, (0, 0, 0, missing))
@@ -122,8 +136,18 @@ class Head:
         for begin, end, added in tile.masks:
             by_row[..., begin:end] += added.to(logits.device)[:, None]
         if runs.hidden is not None:
-            logits[..., : runs.hidden.shape[-1]].masked_fill_(runs.hidden[:, None], float("-inf"))
+            logits += runs.hidden[:, None]
+        if runs.unseen is not None:
+            by_row += runs.unseen[:, :, None]
         return logits
+
+
+def _cleared(rows: Tensor, which: Tensor | None) -> Tensor:
+    """Rows `[C, n, D]` with zeros where they are not a tile's own; by index, as a mask takes thirty times as long."""
+    if which is not None:
+        which = torch.nn.functional.pad(which, (0, rows.shape[1] - which.shape[1]))
+        rows.view(-1, rows.shape[-1]).index_fill_(0, torch.nonzero(which.flatten()).squeeze(1), 0.0)
+    return rows
 
 
 def _block_runs(tile: TileGroup, layout: Layout, selected: Tensor) -> tuple[Tensor, Tensor | None]:
