@@ -8,7 +8,8 @@ so it does not depend on the machine. Each distinct item of a batch is looked up
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any, get_args
 
 import torch
 
@@ -21,55 +22,64 @@ from torchx_apps.benchmarks._operations import operations
 from torchx_apps.benchmarks._requests import Requests, make_requests, one_by_one, ranker_of, ranking_features
 
 _CANDIDATES = 8
-_COMPARED: tuple[ContentInterest, ...] = ("none", "dmae", "dmae+sal")
-_ALONE: tuple[ContentInterest, ...] = ("simtier", "early_fusion", "sal")
+_COUNTED: tuple[ContentInterest, ...] = ("none", "dmae", "dmae+sal")
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """The same impressions twice, and the same histories without any."""
+
+    features: RankingFeatures
+    items: int
+    many: Requests
+    copies: Requests
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """Sizes for a reader of the numbers."""
+        asked, events = len(self.many.candidate_item), len(self.many.event_item)
+        requests = len(self.many.start_position)
+        return {"requests": requests, "candidates": asked, "events": events, "items": self.items, "width": 32}
+
+    def model(self, interest: ContentInterest) -> Ranker:
+        """A ranker that has been seen to give the same logits for both."""
+        torch.manual_seed(0)
+        sizes: dict[str, Any] = {"dmae": SimilarityInterestConfig(width=32), "sal": SparseAttentionConfig(dropout=0.0)}
+        model = ranker_of(RankerConfig(content_interest=interest, **sizes), self.features, self.items).eval()
+        one, other = (model(batch)[1].logits for batch in (self.many, self.copies))
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+        return model
 
 
 def run(settings: Settings) -> Iterator[Measured]:
     """Count, then measure training steps."""
     torch.set_num_threads(1)
+    yield from counted(settings)
+    trial = _trial(settings)
+    for interest in get_args(ContentInterest):
+        yield from _rates(interest, trial, settings.rounds)
+
+
+def counted(settings: Settings) -> Iterator[Measured]:
+    """Operations of evaluation steps."""
+    trial = _trial(settings)
+    empty = [_without_candidates(batch) for batch in (trial.many, trial.copies)]
+    for interest in _COUNTED:
+        model = trial.model(interest)
+        one, other = (_operations(model, batch) for batch in empty)
+        yield measured(f"{interest}: user-side operations, requests", "million", [one / 1e6], trial.shape)
+        yield measured(f"{interest}: user-side operations, one by one", "million", [other / 1e6])
+        yield measured(f"{interest}: user-side operations saved", "x", [other / one])
+        whole, wholes = (_operations(model, batch) for batch in (trial.many, trial.copies))
+        yield measured(f"{interest}: all operations saved", "x", [wholes / whole])
+
+
+def _trial(settings: Settings) -> _Trial:
     requests, events, items = (4, 10, 40) if settings.small else (32, 100, 1000)
     lengths = torch.randint(events // 2, events * 3 // 2, (requests,), generator=torch.Generator().manual_seed(0))
     features = ranking_features({"title": 64, "image": 32}, max_history=events * 2)
     many = make_requests(lengths.tolist(), [_CANDIDATES] * requests, features, num_items=items)
-    copies = one_by_one(many)
-    nobody, nobodies = _without_candidates(many), _without_candidates(copies)
-    shape = {
-        "requests": requests,
-        "candidates": _CANDIDATES * requests,
-        "events": int(lengths.sum()),
-        "items": items,
-        "width": 32,
-    }
-    for interest in _COMPARED:
-        model = _model(interest, features, items)
-        _check_equal(model, many, copies)
-        one, other = (_operations(model, batch) for batch in (nobody, nobodies))
-        yield measured(f"{interest}: user-side operations, requests", "million", [one / 1e6], shape)
-        yield measured(f"{interest}: user-side operations, one by one", "million", [other / 1e6])
-        yield measured(f"{interest}: user-side operations saved", "x", [other / one])
-        whole, wholes = (_operations(model, batch) for batch in (many, copies))
-        yield measured(f"{interest}: all operations saved", "x", [wholes / whole])
-        yield from _rates(model, interest, many, copies, settings.rounds)
-    for interest in _ALONE:
-        model = _model(interest, features, items)
-        _check_equal(model, many, copies)
-        yield next(_rates(model, interest, many, copies, settings.rounds))
-
-
-def _model(interest: ContentInterest, features: RankingFeatures, items: int) -> Ranker:
-    torch.manual_seed(0)
-    config = RankerConfig(
-        content_interest=interest,
-        dmae=SimilarityInterestConfig(width=32),
-        sal=SparseAttentionConfig(dropout=0.0),
-    )
-    return ranker_of(config, features, items)
-
-
-def _check_equal(model: Ranker, many: Requests, copies: Requests) -> None:
-    one, other = (model.eval()(batch)[1].logits for batch in (many, copies))
-    torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+    return _Trial(features, items, many, one_by_one(many))
 
 
 def _operations(model: Ranker, batch: Requests) -> int:
@@ -78,16 +88,16 @@ def _operations(model: Ranker, batch: Requests) -> int:
     return operations(lambda: model(batch))
 
 
-def _rates(model: Ranker, interest: str, many: Requests, copies: Requests, rounds: int) -> Iterator[Measured]:
+def _rates(interest: ContentInterest, trial: _Trial, rounds: int) -> Iterator[Measured]:
     """Impressions per second of forward and backward."""
-    model.train()
+    model = trial.model(interest).train()
 
     def step(batch: Requests) -> None:
         model.zero_grad()
         model(batch)[0].backward()
 
-    seconds = in_turn({"many": lambda: step(many), "copies": lambda: step(copies)}, rounds)
-    count = len(many.candidate_item)
+    seconds = in_turn({"many": lambda: step(trial.many), "copies": lambda: step(trial.copies)}, rounds)
+    count = len(trial.many.candidate_item)
     for name, how in (("many", "requests"), ("copies", "one by one")):
         yield measured(f"{interest}: training, {how}", "samples/s", [count / s for s in seconds[name]])
     ratio = [b / a for a, b in zip(seconds["many"], seconds["copies"], strict=True)]
