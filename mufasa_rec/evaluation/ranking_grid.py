@@ -14,10 +14,10 @@ import numpy as np
 
 from mufasa_rec.evaluation.auc import area, areas_of_groups
 from mufasa_rec.evaluation.ranking_figures import FEW_IMPRESSIONS
-from mufasa_rec.evaluation.ranking_intervals import paired_interval
+from mufasa_rec.evaluation.ranking_intervals import Metric, paired_interval
 from mufasa_rec.evaluation.scored import Scored
 
-_METRICS = ("auc", "gauc", "logloss")
+_METRICS: tuple[Metric, ...] = ("auc", "gauc", "logloss")
 
 
 @dataclass(frozen=True)
