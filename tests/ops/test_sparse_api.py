@@ -9,10 +9,15 @@ import torch
 from torch import Tensor
 
 from mufasa_rec.ops.sparse_attention import operator
-from mufasa_rec.ops.sparse_attention.api import attend_and_select, candidate_sparse_attention, sparse_attention
+from mufasa_rec.ops.sparse_attention.api import (
+    Backend,
+    attend_and_select,
+    candidate_sparse_attention,
+    sparse_attention,
+)
 from mufasa_rec.ops.sparse_attention.layout import plan_layout, unpack
 from mufasa_rec.ops.sparse_attention.pattern import SparsePattern
-from tests.sparse import BASE, PATTERNS, attend, make_layout, make_rows
+from tests.sparse import BASE, PATTERNS, attend, make_layout, make_rows, make_tokens
 from tests.tensors import offsets_of
 
 LENGTHS = [17, 0, 30]
@@ -39,6 +44,18 @@ def test_rows_that_do_not_fit_are_refused(change: dict[str, Tensor], message: st
     layout = make_layout(LENGTHS, BASE)
     with pytest.raises(ValueError, match=message):
         sparse_attention(make_rows(ROWS, 4, 1).map(**change), *tokens(layout.num_tokens), layout)
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize("backend", ["reference", "blocked"])
+def test_every_input_gets_a_gradient_whatever_is_off(name: str, backend: Backend) -> None:
+    layout, x, candidates = make_layout(LENGTHS, PATTERNS[name]), make_rows(ROWS, 4, 1), make_rows(2, 4, 1)
+    k, v = make_tokens(layout, 1)
+    events = attend_and_select(x, k, v, layout, backend=backend)[0]
+    read = candidate_sparse_attention(candidates, x, k, v, torch.tensor([0, 2]), layout, backend=backend)
+    for out, rows in ((events, [x]), (read, [x, candidates])):
+        inputs = [tensor for given in rows for tensor in given.tensors().values()] + [k, v]
+        assert all(torch.isfinite(g).all() for g in torch.autograd.grad(out.sum(), inputs))  # None would be refused
 
 
 def test_tokens_selection_and_backends_that_do_not_fit_are_refused() -> None:

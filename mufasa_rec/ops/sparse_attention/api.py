@@ -86,7 +86,7 @@ def attend_and_select(
         _check_values({**_named("x", x), "k_block": k_block, "v_block": v_block})
     if _path(backend) == "reference":
         out, chosen = reference_attention(x, k_block, v_block, layout, selected)
-        return out.to(x.q.dtype), chosen
+        return _connected(out.to(x.q.dtype), x, k_block, v_block), chosen
     packed = remember(layout)
     tokens = k_block.contiguous(), v_block.contiguous()
     out, _, chosen = sparse_attention_op(rows_of(x), *tokens, packed, selected, x.shared)
@@ -136,8 +136,15 @@ def candidate_sparse_attention(
     if check_values:
         _check_values({**_named("x", x), **_named("candidates", candidates), "k_block": k_block, "v_block": v_block})
     if _path(backend) == "reference":
-        return reference_candidates(candidates, x, k_block, v_block, owner, layout).to(x.q.dtype)
-    return candidates_blocked(candidates, x, k_block, v_block, owner, layout)
+        out = reference_candidates(candidates, x, k_block, v_block, owner, layout).to(x.q.dtype)
+    else:
+        out = candidates_blocked(candidates, x, k_block, v_block, owner, layout)
+    return _connected(_connected(out, x, k_block, v_block), candidates)
+
+
+def _connected(out: Tensor, x: Projected, *more: Tensor) -> Tensor:
+    """Values whose gradient reaches every input, also those of branches that are off: with zeros."""
+    return out + sum(tensor[:0].sum() for tensor in (*x.tensors().values(), *more))
 
 
 def _path(backend: Backend | None) -> str:
