@@ -58,7 +58,7 @@ lint: .venv
 	$(BIN)/lint-imports
 
 test: lint
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --numprocesses 2 --dist worksteal
 
 bench: .venv
 	$(BIN)/python -m torchx_apps.benchmark all
