@@ -41,8 +41,7 @@ if rank == "0":
     if "--input" in options:
         folder = pathlib.Path(options["--output"])
         folder.mkdir()
-        content = {} if "bare" in os.environ.get("FAKE_DATA", "") else {"title": {}}
-        (folder / "dataset.json").write_text(json.dumps({"content": content, "features": {}}))
+        (folder / "dataset.json").write_text(json.dumps({"content": {"title": {}}, "features": {}}))
     elif "--output" in options:
         rows = [{"row": "model", "hr@10": 0.25, "users": 7}, {"row": "popularity", "hr@10": 0.125, "users": 7}]
         (pathlib.Path(options["--output"]) / "summary.json").write_text(json.dumps(rows))
@@ -171,16 +170,26 @@ def test_demo_runs_its_jobs_and_prints_the_table(tiny_apps: Path, capsys: pytest
     ]
 
 
-@pytest.mark.slow
 def test_demo_of_data_without_content_leaves_fuse_out_and_says_so(
-    tiny_apps: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("FAKE_DATA", "bare")
-    assert main(["--run", "run"]) == 0
-    printed = capsys.readouterr().out
-    assert "fuse is left out: the data has no content vectors" in printed
-    assert "--data.modalities" not in printed
-    assert sorted(path.name for path in (tiny_apps / "run" / "logs").iterdir()) == ["evaluate", "prepare", "train"]
+    jobs: list[Job] = []
+
+    def run(job: Job, log_dir: Path, threads: int) -> float:
+        jobs.append(job)
+        if job.name == "prepare":
+            (tmp_path / "run" / "dataset").mkdir()
+            (tmp_path / "run" / "dataset" / "dataset.json").write_text('{"content": {}, "features": {}}')
+        if job.name == "evaluate":
+            (tmp_path / "run" / "summary.json").write_text('[{"row": "model", "hr@10": 0.25}]')
+        return 1.0
+
+    monkeypatch.setattr(demo, "run_job", run)
+    assert main(["--run", str(tmp_path / "run")]) == 0
+    assert "fuse is left out: the data has no content vectors" in capsys.readouterr().out
+    assert [job.name for job in jobs] == ["prepare", "train", "evaluate"]
+    assert "--data.modalities" not in jobs[1].program_args
+    assert "--compare" not in jobs[2].program_args
 
 
 def test_fuse_takes_what_the_data_has() -> None:
