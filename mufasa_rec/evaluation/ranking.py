@@ -170,8 +170,8 @@ class RankingMetrics:
         for bins, part in zip(self._bins, self._groups(rows), strict=True):
             place = (part["logit"].astype(np.float64) / _LARGEST_LOGIT + 1.0) * (0.5 * self.config.num_bins)
             place = np.clip(np.floor(place), 0, self.config.num_bins - 1).astype(np.int64)
-            for label in (0, 1):
-                bins[label] += np.bincount(place[part["label"] == label], minlength=self.config.num_bins)
+            # In place: a `bincount` would write all bins for each batch.
+            np.add.at(bins.reshape(-1), part["label"].astype(np.int64) * self.config.num_bins + place, 1)
 
     def _overflow(self) -> bool:
         """Whether a rank has more rows than its share of the budget; all ranks agree."""
