@@ -68,7 +68,7 @@ def short() -> RunConfig:
 
 
 def brief() -> RunConfig:
-    """Two to three minutes in one process on MovieLens-1M: comparisons of content, by full attention over 100 events."""
+    """Two to three minutes in one process on MovieLens-1M: comparisons of content, 100 events of full attention."""
     return RunConfig(
         data=DataConfig(batch_size=64, max_history=100),
         model=RetrieverConfig(width=64, extractor=SparseAttentionConfig(dropout=0.1)),
@@ -99,7 +99,7 @@ def ranking() -> RunConfig:
             width=16, dmae=SimilarityInterestConfig(width=16, dropout=0.1), hidden=(64, 32), dropout=0.1
         ),
         optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=50),
-        trainer=TrainerConfig(epochs=6, patience=2, monitor="auc"),
+        trainer=TrainerConfig(epochs=4, patience=1, monitor="auc"),
     )
 
 
