@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from mufasa_rec.data.schema import DatasetManifest
+from mufasa_rec.presets import PRESETS, preset
 from tests.helpers.impressions import prepare_impressions
 from torchx_apps import ablate, ablate_fusion
 from torchx_apps.ablate import config_hash, main, parse
@@ -73,6 +74,11 @@ def test_a_cell_is_another_one_when_its_result_could_be(dataset: str, tmp_path: 
     elsewhere = replace(config, seed=5, threads=3, data=replace(config.data, dataset="elsewhere", prefetch=0))
     assert config_hash(longer, "split") not in hashes
     assert config_hash(elsewhere, "split") == config_hash(config, "split")
+    slower = replace(config, optimizer=replace(config.optimizer, fusion_share=0.5))
+    assert config_hash(slower, "split") == config_hash(config, "split")  # nothing learns at it
+    inside = replace(config, model=replace(config.model, fusion_source="fusion"))
+    slower = replace(inside, optimizer=slower.optimizer)
+    assert len({config_hash(c, "split") for c in (config, inside, slower)}) == 3
 
 
 def test_fused_cell_is_another_one_when_its_vectors_could_be(dataset: str, tmp_path: Path) -> None:
@@ -135,6 +141,10 @@ def test_variants_that_fuse_share_one_fusion_of_a_seed_in_a_view_of_the_data_set
     assert sorted(link.name for link in (view / "content").iterdir()) == ["image", "title"]
     assert DatasetManifest.load(view).splits == DatasetManifest.load(dataset).splits
     assert (Path(dataset) / "dataset.json").read_bytes() == before
+
+
+def test_every_preset_can_be_made() -> None:
+    assert {name for name in PRESETS if preset(name).trainer.epochs >= 1} == set(PRESETS)
 
 
 @pytest.mark.parametrize(

@@ -20,13 +20,14 @@ from torchx_apps.evaluate import MODEL
 # What makes no other cell: where the data lies, the seed (which names the cell itself), how a run is watched.
 _NO_PART = ("data.dataset", "data.prefetch", "trainer.log_every", "checkpoint", "sharding", "threads", "seed")
 # What a task does not read.
+_FUSION = ("model.fusion_source", "model.finetune_fusion", "optimizer.fusion_share")  # without a fusion layer inside
 _UNREAD = {"retrieval": ("task", "ranker", "data.requests"), "ranking": ("model", "data.negatives", "mask_seen")}
 
 
 def config_hash(config: RunConfig, split: str) -> str:
     """Short hash of all that makes a result, the seed aside."""
     fields = dict(_flat(dataclasses.asdict(config), ""))
-    left_out = (*_NO_PART, *_UNREAD[config.task])
+    left_out = (*_NO_PART, *_UNREAD[config.task], *(() if config.model.fusion_source else _FUSION))
     kept = {k: v for k, v in fields.items() if not any(k == no or k.startswith(f"{no}.") for no in left_out)}
     text = json.dumps({"split": split, **kept}, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
