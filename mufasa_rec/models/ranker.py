@@ -74,7 +74,7 @@ class RankerOutput:
         logits: Logits without the batch's offset, detached, `[C, T]`.
         loss_sum: Sum of this rank's weighted cross-entropies, detached; 0 in evaluation.
         divergence: This rank's mean divergence of restored histograms, detached; 0 without any.
-        num_places: Padded places that the extractors read.
+        num_places: Places of the histories with the padding of the extractor that pads most.
         temperature: Always 0; the trainer reports one.
     """
 
@@ -188,7 +188,7 @@ class RankerArch(nn.Module):
                 loss, histograms = loss + found.loss_sum, histograms + found.num_histograms
             else:
                 vectors.append(extractor(history, candidates))
-            places += extractor.num_places
+            places = max(places, extractor.num_places)
         return vectors, (loss, histograms), places
 
     def _request(self, values: dict[str, Tensor], batch: RankingInputs) -> Tensor:

@@ -71,7 +71,7 @@ class SimTierExtractor(InterestExtractor):
         for group in plan_pairs(history, candidates, max_events=self.max_events):
             similar = content.similarities(group)
             has = similar.has if group.empty is None else similar.has & ~group.empty[:, None, None]
-            self.num_places += similar.valid.numel()
+            self.num_places += group.events.numel()
             found = counted(bin_of(similar.r, self.num_bins), has, self.num_bins)
             counts = counts.index_copy(0, group.candidates, found.to(counts.dtype))
         return torch.einsum("cmk,mkd->cmd", counts.log1p(), self.tiers).flatten(1)

@@ -188,7 +188,7 @@ class SimilarityInterestExtractor(RestoringExtractor):
         for group in plan_pairs(history, candidates, max_events=newest):
             similar, events = self._chosen(content.similarities(group), group.pair_events)
             encoded = self._encoded(content, similar, events, self._times(history, candidates, group, events), group)
-            self.num_places += similar.valid.numel()
+            self.num_places += group.events.numel()
             fused, per_modality = self.fusion(encoded, similar, candidates.embedded[group.candidates])
             read = torch.cat([fused[:, None], per_modality], dim=1).flatten(1)
             if group.empty is not None:

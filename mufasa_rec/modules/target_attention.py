@@ -71,7 +71,7 @@ class TargetAttentionExtractor(InterestExtractor):
             product = read[group.row] @ weights
             hidden = F.silu(of_event[group.events][group.row] + of_target[group.candidates][:, None] + product)
             valid = group.pair_valid
-            self.num_places += valid.numel()
+            self.num_places += group.events.numel()
             weight = self.weigh(hidden).squeeze(-1).masked_fill(~valid, 0.0)
             interest = (weight[:, None] @ read[group.row]).squeeze(1) / valid.sum(1, keepdim=True) ** 0.5
             if group.empty is not None:

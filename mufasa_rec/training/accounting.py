@@ -113,7 +113,7 @@ class Interval:
             "loss": loss / max(targets, 1.0),
             "samples_per_s": rows / seconds,
             "events_per_s": events / seconds,
-            "padding_share": 1.0 - events / max(places, 1.0),
+            "padding_share": max(0.0, 1.0 - events / max(places, 1.0)),  # an extractor may read the newest events only
             "rank_imbalance": spread,
             "data_wait_share": waited / ranks / seconds,
             "step_ms": 1000.0 * seconds / steps,

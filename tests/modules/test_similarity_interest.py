@@ -138,7 +138,11 @@ def test_gradients_are_those_of_finite_differences() -> None:
 def test_shapes_are_those_of_the_contract(name: str) -> None:
     extractor, (history, candidates) = make_rivals()[name], make_inputs()
     assert extractor(history, candidates).shape == (sum(CANDIDATES), extractor.output_dim)
-    assert extractor.num_places >= 1
+    places = []
+    for count in (1, 4):  # histories are padded once, whatever the candidates
+        extractor(make_history(LENGTHS), make_candidates([count] * len(LENGTHS)))
+        places.append(extractor.num_places)
+    assert places[0] == places[1] >= sum(LENGTHS)
     with pytest.raises(ValueError, match="candidates=None"):
         extractor(history)
     with pytest.raises(NotImplementedError, match="call forward"):
