@@ -79,19 +79,20 @@ class Cluster:
             ) from error
 
         configuration = client.Configuration()
+        files = os.environ.get("KUBECONFIG")  # the client itself looks only once, when it is imported
         try:
-            if "KUBERNETES_SERVICE_HOST" in os.environ and "KUBECONFIG" not in os.environ:
+            if "KUBERNETES_SERVICE_HOST" in os.environ and not files:
                 config.load_incluster_config(client_configuration=configuration)
                 if _NAMESPACE_FILE.exists():
                     self._namespace = _NAMESPACE_FILE.read_text().strip()
             else:
-                config.load_kube_config(client_configuration=configuration)
-                _, context = config.list_kube_config_contexts()
+                config.load_kube_config(files, client_configuration=configuration)
+                _, context = config.list_kube_config_contexts(files)
                 self._namespace = context["context"].get("namespace") or "default"
         except config.ConfigException as error:
-            path = os.environ.get("KUBECONFIG", "~/.kube/config")
             raise LaunchRefusedError(
-                f"no cluster is known: {path} ({error}): see whether `kubectl get jobs` works, or set KUBECONFIG"
+                f"no cluster is known: {files or '~/.kube/config'} ({error}): see whether `kubectl get jobs` works,"
+                " or set KUBECONFIG"
             ) from error
         return client.ApiClient(configuration)
 

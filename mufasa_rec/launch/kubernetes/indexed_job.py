@@ -90,14 +90,14 @@ def _job(name: str, app_id: str, role: Role, pod: dict[str, Any], options: PodOp
 
 def _fill_in_index(container: dict[str, Any]) -> None:
     """Put the pod's index where the app asked for its replica's id."""
-    index = f"$({_INDEX_VARIABLE['name']})"
-    asked = [*container["command"], *(variable.get("value", "") for variable in container["env"])]
-    if not any(_PLACEHOLDER in text for text in asked):
+    # An overlay may have put anything here; it is checked once the job is whole.
+    texts = [variable for variable in container["env"] if isinstance(variable.get("value"), str)]
+    if not any(_PLACEHOLDER in text for text in [*container["command"], *(one["value"] for one in texts)]):
         return
+    index = f"$({_INDEX_VARIABLE['name']})"
     container["command"] = [part.replace(_PLACEHOLDER, index) for part in container["command"]]
-    for variable in container["env"]:
-        if "value" in variable:
-            variable["value"] = variable["value"].replace(_PLACEHOLDER, index)
+    for variable in texts:
+        variable["value"] = variable["value"].replace(_PLACEHOLDER, index)
     container["env"].insert(0, _INDEX_VARIABLE)
 
 

@@ -91,9 +91,22 @@ def apply_overlay(template: Mapping[str, Any], overlay: Mapping[str, Any]) -> di
     """Return a pod template with an overlay merged in."""
     spec = dict(template["spec"])
     first, *others = spec["containers"]
-    spec["containers"] = [merge(first, overlay.get("container") or {}), *others]
+    spec["containers"] = [_with_amounts_as_text(merge(first, overlay.get("container") or {})), *others]
     return {
         **template,
         "metadata": merge(template.get("metadata") or {}, overlay.get("metadata") or {}),
         "spec": merge(spec, overlay.get("spec") or {}),
     }
+
+
+def _with_amounts_as_text(container: dict[str, Any]) -> dict[str, Any]:
+    """Kubernetes takes `rdma/ib: 8` as well as `"8"`; the client's types know the text alone."""
+    resources = container.get("resources")
+    if not isinstance(resources, dict):
+        return container
+    amounts = {
+        kind: {name: str(amount) if type(amount) is int else amount for name, amount in of.items()}
+        for kind, of in resources.items()
+        if kind in ("limits", "requests") and isinstance(of, dict)
+    }
+    return {**container, "resources": {**resources, **amounts}}

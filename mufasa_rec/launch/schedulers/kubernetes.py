@@ -43,14 +43,24 @@ class KubernetesRequest(KubernetesJob):
     plain: list[dict[str, Any]]
 
     def __str__(self) -> str:
-        job = yaml.safe_dump(self.resource, sort_keys=False, width=1000)
-        plain = yaml.safe_dump_all(self.plain, sort_keys=False, width=1000)
+        job, plain = _yaml([self.resource]), _yaml(self.plain)
         return (
             f"# With Volcano; this is what `torchx run` sends.\n{job}"
             f"\n# The same job without TorchX and Volcano: save it and `kubectl apply -f` it.\n---\n{plain}"
         )
 
     __repr__ = __str__
+
+
+class _Dumper(yaml.SafeDumper):
+    def ignore_aliases(self, data: Any) -> bool:
+        """Write what several pods share into each of them."""
+        return True
+
+
+def _yaml(manifests: list[dict[str, Any]]) -> str:
+    # No line is broken: the command lines are to be read and searched.
+    return yaml.dump_all(manifests, Dumper=_Dumper, sort_keys=False, width=float("inf"))
 
 
 class Kubernetes(KubernetesScheduler):
