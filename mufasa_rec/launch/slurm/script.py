@@ -16,13 +16,15 @@ code=$?
 
 # Slurm starts a preempted job again only if the job is still alive when the grace is over; one that has saved is not.
 # Any other failure counts as a retry. Either way the program goes on from its newest checkpoint.
-job=$(scontrol --oneliner show job "$SLURM_JOB_ID")
+for attempt in 1 2 3; do job=$(scontrol --oneliner show job "$SLURM_JOB_ID") && break; sleep "$attempt"; done
+state=${{job#*JobState=}} preempted=${{job#*PreemptTime=}}
+state=${{state%% *}} preempted=${{preempted%% *}}
 restarts=${{SLURM_RESTART_COUNT:-0}}
 again=no
 [ "$restarts" -lt {max_retries} ] && again=retry
-[[ $job =~ PreemptTime=[0-9] ]] && again=preempted
-[[ $job == *JobState=RUNNING* ]] || again=no
-echo "$(date +%T) srun ended with code $code after $restarts restarts; start again: $again"
+[[ $preempted == [0-9]* ]] && again=preempted
+[ "$state" = RUNNING ] || again=no
+echo "$(date +%T) srun ended: code $code, restarts $restarts, state $state, preempted $preempted; again: $again"
 [ "$again" = no ] || scontrol requeue "$SLURM_JOB_ID"
 exit "$code"
 """
