@@ -1,13 +1,9 @@
 """The Kubernetes scheduler against a stand-in for a cluster: what `torchx run` and its sisters do there."""
 
-import json
-import os
-import signal
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +11,14 @@ import pytest
 import yaml
 from torchx import specs
 
-from components.train import train
 from mufasa_rec.launch.kubernetes.cluster import Cluster
 from mufasa_rec.launch.refusal import LaunchRefusedError
-from mufasa_rec.launch.schedulers.kubernetes import Kubernetes, create_scheduler
 from tests.helpers.installed import torchx as installed_torchx
 from tests.helpers.kubernetes.api import StandIn, wait_for
+from tests.helpers.kubernetes.running import free_port, start, wait_for_end
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 ENDED = (specs.AppState.SUCCEEDED, specs.AppState.FAILED, specs.AppState.CANCELLED)
-
-
-@pytest.fixture
-def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "CUDA_VISIBLE_DEVICES": ""}
-    with StandIn(tmp_path, env) as cluster:
-        monkeypatch.setenv("KUBECONFIG", str(cluster.kubeconfig))
-        monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
-        yield cluster
 
 
 def app(line: str, nodes: int = 1, **options: Any) -> specs.AppDef:
@@ -44,25 +30,7 @@ def app(line: str, nodes: int = 1, **options: Any) -> specs.AppDef:
     return specs.AppDef(name="job", roles=[role])
 
 
-def start(app: specs.AppDef, **cfg: Any) -> tuple[Kubernetes, str]:
-    scheduler = create_scheduler("test")
-    return scheduler, scheduler.submit(app, cfg)  # pyrefly: ignore[bad-argument-type]
-
-
-def wait_for_end(scheduler: Kubernetes, app_id: str) -> Any:
-    def described() -> Any:
-        found = scheduler.describe(app_id)
-        assert found is not None
-        return found
-
-    def logs() -> str:
-        return f"{described()}\n" + "".join(scheduler.log_iter(app_id, "train"))
-
-    wait_for(lambda: described().state in ENDED, logs, timeout_s=90)
-    return described()
-
-
-def test_job_runs_to_its_end_with_status_logs_and_list(cluster: StandIn) -> None:
+def test_job_runs_to_its_end_with_status_logs_and_list(stand_in: StandIn) -> None:
     scheduler, app_id = start(app("echo here $$$$ is '$(HOME)' $0; echo second", nodes=2), queue="research")
     ended = wait_for_end(scheduler, app_id)
     assert app_id.startswith("team:job-")  # the namespace of the current context
@@ -71,30 +39,30 @@ def test_job_runs_to_its_end_with_status_logs_and_list(cluster: StandIn) -> None
     assert [(one.id, one.state) for one in role.replicas] == [(0, specs.AppState.SUCCEEDED), (1, ended.state)]
     first, second = scheduler.log_iter(app_id, "train", 1)
     # The line as the app has it: TorchX makes one `$` of two, Kubernetes none of what is meant for the shell.
-    pid = cluster.pod("team", f"{app_id.partition(':')[2]}-train-1-0").process.pid
+    pid = stand_in.pod("team", f"{app_id.partition(':')[2]}-train-1-0").process.pid
     assert (first, second) == (f"here {pid} is $(HOME) sh\n", "second\n")
     assert list(scheduler.log_iter(app_id, "train", 1, regex="sec")) == ["second\n"]
     assert [(one.app_id, one.state) for one in scheduler.list()] == [(app_id, specs.AppState.SUCCEEDED)]
 
 
-def test_wrong_queue_is_refused_with_the_queues_there_are(cluster: StandIn) -> None:
+def test_wrong_queue_is_refused_with_the_queues_there_are(stand_in: StandIn) -> None:
     with pytest.raises(LaunchRefusedError, match=r"queue is 'typo': give .*there are: default, research"):
         start(app("true"), queue="typo")
-    assert not cluster.volcano_jobs
-    cluster.forbidden = {"list_queues"}
+    assert not stand_in.volcano_jobs
+    stand_in.forbidden = {"list_queues"}
     with pytest.raises(LaunchRefusedError, match=r"queue is 'typo': give .*see `kubectl get queues`"):
         start(app("true"), queue="typo")
 
 
 def test_missing_right_and_silent_cluster_are_named(
-    cluster: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stand_in: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cluster.forbidden = {"create_volcano_job"}
+    stand_in.forbidden = {"create_volcano_job"}
     with pytest.raises(LaunchRefusedError, match=r"ask for the right to create jobs.batch.volcano.sh in namespace 'n'"):
         start(app("true"), namespace="n")
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
-        config = yaml.safe_load(cluster.kubeconfig.read_text())
+        config = yaml.safe_load(stand_in.kubeconfig.read_text())
         config["clusters"][0]["cluster"]["server"] = f"http://127.0.0.1:{unused.getsockname()[1]}"
         (tmp_path / "elsewhere").write_text(yaml.safe_dump(config))
         monkeypatch.setenv("KUBECONFIG", str(tmp_path / "elsewhere"))
@@ -105,7 +73,7 @@ def test_missing_right_and_silent_cluster_are_named(
         Cluster()
 
 
-def test_cancelled_job_saves_and_keeps_its_status(cluster: StandIn) -> None:
+def test_cancelled_job_saves_and_keeps_its_status(stand_in: StandIn) -> None:
     scheduler, app_id = start(app("trap 'echo saved; exit 75' TERM; echo up; while :; do sleep 0.1; done"))
     lines: list[str] = []
     follower = threading.Thread(target=lambda: lines.extend(scheduler.log_iter(app_id, "train", should_tail=True)))
@@ -118,8 +86,8 @@ def test_cancelled_job_saves_and_keeps_its_status(cluster: StandIn) -> None:
     scheduler.cancel(app_id)
 
 
-def test_job_is_deleted_where_commands_are_forbidden(cluster: StandIn) -> None:
-    cluster.forbidden = {"command"}
+def test_job_is_deleted_where_commands_are_forbidden(stand_in: StandIn) -> None:
+    stand_in.forbidden = {"command"}
     scheduler, app_id = start(app("sleep 60"))
     scheduler.cancel(app_id)
     assert scheduler.describe(app_id) is None
@@ -128,20 +96,20 @@ def test_job_is_deleted_where_commands_are_forbidden(cluster: StandIn) -> None:
 
 
 @pytest.mark.parametrize("retries", [0, 1, 2])
-def test_job_starts_again_as_often_as_asked(cluster: StandIn, tmp_path: Path, retries: int) -> None:
+def test_job_starts_again_as_often_as_asked(stand_in: StandIn, tmp_path: Path, retries: int) -> None:
     scheduler, app_id = start(app(f"echo >> {tmp_path}/starts; exit 1", max_retries=retries))
     assert wait_for_end(scheduler, app_id).state == specs.AppState.FAILED
     assert len((tmp_path / "starts").read_text()) == 1 + retries
 
 
-def test_lost_node_without_retries_ends_the_job_at_once(cluster: StandIn, tmp_path: Path) -> None:
+def test_lost_node_without_retries_ends_the_job_at_once(stand_in: StandIn, tmp_path: Path) -> None:
     line = f"mkdir {tmp_path}/first 2>/dev/null && exit 3; exec sleep 60"  # whichever node is first
     scheduler, app_id = start(app(line, nodes=2), grace_s=15)
     ended = wait_for_end(scheduler, app_id)
     assert (ended.state, ended.msg) == (specs.AppState.FAILED, "Terminated")
 
 
-def test_followed_log_goes_on_after_the_job_has_started_again(cluster: StandIn, tmp_path: Path) -> None:
+def test_followed_log_goes_on_after_the_job_has_started_again(stand_in: StandIn, tmp_path: Path) -> None:
     line = f"echo start; sleep 1; mkdir {tmp_path}/first 2>/dev/null && exit 1; echo done"
     scheduler, app_id = start(app(line, max_retries=1))
     assert [*scheduler.log_iter(app_id, "train", should_tail=True)] == ["start\n", "start\n", "done\n"]
@@ -149,59 +117,8 @@ def test_followed_log_goes_on_after_the_job_has_started_again(cluster: StandIn, 
     assert (ended.state, ended.num_restarts) == (specs.AppState.SUCCEEDED, 1)
 
 
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("", 0))
-        return sock.getsockname()[1]
-
-
-def two_nodes(tmp_path: Path, **options: Any) -> specs.AppDef:
-    """The train component on two nodes, with a short program in the place of training."""
-    job = train(str(tmp_path), j="2x1", image="image", rdzv_port=free_port(), python=sys.executable, **options)
-    job.roles[0].args = [part.replace("torchx_apps.train", "tests.helpers.short_run") for part in job.roles[0].args]
-    return job
-
-
-def events(folder: Path, event: str) -> list[dict[str, Any]]:
-    lines = [line for path in folder.glob("*.jsonl") for line in path.read_text().splitlines(keepends=True)]
-    return [one for one in map(json.loads, (line for line in lines if line.endswith("\n"))) if one["event"] == event]
-
-
 @pytest.mark.slow
-def test_two_nodes_meet_and_a_lost_process_starts_both_again(cluster: StandIn, tmp_path: Path) -> None:
-    scheduler, app_id = start(two_nodes(tmp_path, max_retries=1))
-    wait_for(lambda: len(events(tmp_path, "training")) == 2, lambda: "".join(scheduler.log_iter(app_id, "train")))
-    os.kill(events(tmp_path, "training")[0]["pid"], signal.SIGKILL)
-    wait_for(lambda: len(events(tmp_path, "training")) == 4, lambda: "".join(scheduler.log_iter(app_id, "train")))
-    (tmp_path / "finish").touch()
-    ended = wait_for_end(scheduler, app_id)
-    assert (ended.state, ended.num_restarts) == (specs.AppState.SUCCEEDED, 1)
-    assert {(one["rank"], one["world_size"]) for one in events(tmp_path, "finished")} == {(0, 2), (1, 2)}
-
-
-@pytest.mark.slow
-def test_the_same_job_as_plain_yaml_runs_and_starts_again(cluster: StandIn, tmp_path: Path) -> None:
-    from kubernetes import utils
-
-    scheduler = create_scheduler("test")
-    cfg: Any = {}
-    shown = str(scheduler.submit_dryrun(two_nodes(tmp_path, max_retries=1), cfg))
-    manifests = list(yaml.safe_load_all(shown.partition("\n---\n")[2]))
-    connected = Cluster()
-    for manifest in manifests:
-        utils.create_from_dict(connected.client, manifest, namespace="team")
-    job = cluster.indexed_jobs["team", manifests[1]["metadata"]["name"]]
-    wait_for(lambda: len(events(tmp_path, "training")) == 2, lambda: job.pods[f"{job.name}-0"].log.read_text())
-    os.kill(events(tmp_path, "training")[0]["pid"], signal.SIGKILL)
-    wait_for(lambda: len(events(tmp_path, "training")) == 4, lambda: job.pods[f"{job.name}-0"].log.read_text())
-    (tmp_path / "finish").touch()
-    wait_for(lambda: job.finished, lambda: str(job.resource()))
-    assert job.finished == "Complete"
-    assert {one["rank"] for one in events(tmp_path, "finished")} == {0, 1}
-
-
-@pytest.mark.slow
-def test_torchx_itself_runs_shows_lists_and_cancels_a_job(cluster: StandIn, site: Path, tmp_path: Path) -> None:
+def test_torchx_itself_runs_shows_lists_and_cancels_a_job(stand_in: StandIn, site: Path, tmp_path: Path) -> None:
     def torchx(*arguments: str) -> subprocess.CompletedProcess[str]:
         return installed_torchx(site, *arguments, cwd=tmp_path)
 

@@ -14,7 +14,7 @@ from kubernetes import client
 
 from mufasa_rec.launch.kubernetes.rules import problems
 
-MAX_POD_S = 120
+MAX_POD_S = 300  # a bound of a hang
 MAX_GRACE_S = 20
 _INDEX_FIELD = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
 
