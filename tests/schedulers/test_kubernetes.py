@@ -19,29 +19,12 @@ from mufasa_rec.launch.kubernetes.rules import problems, quantity
 from mufasa_rec.launch.refusal import LaunchRefusedError
 from mufasa_rec.launch.schedulers.kubernetes import create_scheduler
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 GOLDEN = Path(__file__).resolve().parent / "golden" / "kubernetes"
 COMPONENTS = ("prepare", "train", "fuse", "evaluate", "export")
 APP_ID = "name-of-the-job"
-OVERLAY = """
-metadata:
-  annotations: {example.com/team: ranking}
-spec:
-  nodeSelector: {example.com/pool: h100}
-  tolerations: [{key: nvidia.com/gpu, operator: Exists, effect: NoSchedule}]
-  affinity:
-    nodeAffinity:
-      requiredDuringSchedulingIgnoredDuringExecution:
-        nodeSelectorTerms: [{matchExpressions: [{key: zone, operator: In, values: [a, b]}]}]
-  imagePullSecrets: [{name: registry}]
-  volumes: [{name: data, persistentVolumeClaim: {claimName: data}}]
-container:
-  securityContext: {capabilities: {add: [IPC_LOCK]}}
-  envFrom: [{secretRef: {name: object-store}}]
-  volumeMounts: [{name: data, mountPath: /data}]
-  resources:
-    limits: {vpc.amazonaws.com/efa: 32, hugepages-2Mi: 5Gi}
-    requests: {vpc.amazonaws.com/efa: 32}
-"""
+# The overlay that the page gives as an example.
+OVERLAY = (ROOT / "docs" / "kubernetes.md").read_text().partition("```yaml\n")[2].partition("```")[0]
 
 
 def make_app(component: str, *script_args: str, **options: Any) -> specs.AppDef:
