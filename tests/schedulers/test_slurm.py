@@ -169,6 +169,18 @@ def test_preempted_job_that_saves_and_ends_is_started_again_without_a_retry(clus
     assert "again: preempted" in cluster.own_output(handle)
 
 
+def test_job_is_warned_ahead_of_the_end_of_its_time_and_started_again(cluster: Cluster) -> None:
+    line = (
+        'echo attempt ${SLURM_RESTART_COUNT:-0}; [ -n "$SLURM_RESTART_COUNT" ] && exit 0; '
+        "trap 'echo warned; exit 75' USR1; sleep 60 & wait"
+    )
+    handle = cluster.run(line, ",time=1,signal=USR1@55", retries=1)
+    assert "State: SUCCEEDED" in cluster.ended(handle), cluster.own_output(handle)
+    assert cluster.torchx("log", handle).splitlines() == [
+        f"work/0 {one}" for one in ("attempt 0", "warned", "attempt 1")
+    ]
+
+
 def test_script_of_a_dry_run_is_taken_by_sbatch_alone(cluster: Cluster) -> None:
     shown = cluster.torchx("run", "-s", "slurm", "--dryrun", "job.py:job", "--line", "echo by hand", "--nodes", "2")
     script = cluster.folder / "job.sbatch"

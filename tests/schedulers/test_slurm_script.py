@@ -135,6 +135,11 @@ def test_number_of_the_replica_is_refused_with_what_to_use(scheduler: SlurmSched
         scheduler.submit_dryrun(app_of(specs.macros.replica_id), {})
 
 
+def test_mounts_are_refused_where_there_is_no_container(scheduler: SlurmScheduler) -> None:
+    with pytest.raises(LaunchRefusedError, match=r"role train: has mounts, .* leave --mounts away"):
+        scheduler.submit_dryrun(app_of(mounts=["type=bind", "src=/a", "dst=/b"]), {})
+
+
 def test_without_slurm_a_submission_says_where_to_go(scheduler: SlurmScheduler, tmp_path: Path) -> None:
     with pytest.raises(
         LaunchRefusedError, match=r"'sbatch' is not on the PATH; give the command on a machine that has"

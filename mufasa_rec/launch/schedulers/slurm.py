@@ -184,7 +184,12 @@ def create_scheduler(session_name: str, **kwargs: Any) -> SlurmScheduler:
 
 
 def _with_values(role: Role) -> Role:
-    """Fill in all macros but the job's id."""
+    """Fill in all macros but the job's id; refuse what a Slurm job could not keep."""
+    if role.mounts:
+        raise LaunchRefusedError(
+            f"role {role.name}: has mounts, but its Slurm job runs in no container; leave --mounts away, "
+            "paths are those of the nodes."
+        )
     if any(macros.replica_id in text for text in (role.entrypoint, *role.args, *role.env.values())):
         raise LaunchRefusedError(
             f"role {role.name}: uses {macros.replica_id}, but all nodes of a Slurm job run one line; "

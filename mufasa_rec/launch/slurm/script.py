@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from torchx.specs import Role, macros
 
 RANK0_ENV = "RANK0_HOST"
+GRACE_ENV = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # how long a component gives torchrun to end its processes
+GRACE_S = 60
 # What ends the job's script. A job that is cancelled or past its time has another state by then and is left alone.
 ENDING = """\
 code=$?
@@ -68,7 +70,7 @@ class SlurmRequest:
                 f'{RANK0_ENV}=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
                 f"export {RANK0_ENV}",
                 "",
-                "# One task a node. When one fails the others are told to end too.",
+                "# One task a node. When one has ended the others get this many seconds to do so.",
                 f"{' '.join(self._srun())} \\",
                 f"  {' '.join(quoted(part) for part in (role.entrypoint, *role.args))}",
                 ending,
@@ -82,7 +84,8 @@ class SlurmRequest:
         return [
             "srun --ntasks-per-node=1",
             *([f"--cpus-per-task={cores}"] if cores else []),
-            f"--kill-on-bad-exit=1 --output={log} --open-mode=append",
+            # Not --kill-on-bad-exit, which cuts short the node that still saves.
+            f"--wait={self.role.env.get(GRACE_ENV, GRACE_S)} --output={log} --open-mode=append",
         ]
 
     def __str__(self) -> str:
