@@ -73,6 +73,24 @@ def test_missing_right_and_silent_cluster_are_named(
         Cluster()
 
 
+def test_pod_with_a_service_account_starts_jobs_on_its_own_cluster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kubernetes.config import incluster_config
+
+    for name, text in (("token", "secret"), ("cert", "a certificate"), ("namespace", "ours\n")):
+        (tmp_path / name).write_text(text)
+    monkeypatch.delenv("KUBECONFIG", raising=False)
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    monkeypatch.setenv("KUBERNETES_SERVICE_PORT", "443")
+    monkeypatch.setattr(incluster_config, "SERVICE_TOKEN_FILENAME", str(tmp_path / "token"))
+    monkeypatch.setattr(incluster_config, "SERVICE_CERT_FILENAME", str(tmp_path / "cert"))
+    monkeypatch.setattr("mufasa_rec.launch.kubernetes.cluster._NAMESPACE_FILE", tmp_path / "namespace")
+    monkeypatch.setattr("kubernetes.client.rest.RESTClientObject", lambda configuration: None)
+    found = Cluster()
+    assert (found.client.configuration.host, found.namespace) == ("https://10.0.0.1:443", "ours")
+
+
 def test_cancelled_job_saves_and_keeps_its_status(stand_in: StandIn) -> None:
     scheduler, app_id = start(app("trap 'echo saved; exit 75' TERM; echo up; while :; do sleep 0.1; done"))
     lines: list[str] = []

@@ -24,7 +24,6 @@ class PodOptions:
         ttl_s: Seconds that a finished job stays on the cluster, with its logs.
         shm_size: Size of /dev/shm; none: as much as the container's memory.
         pull_secret: Secret that the image is pulled with.
-        service_account: Service account of the pods.
         overlay: Parts of the overlay file.
     """
 
@@ -32,7 +31,6 @@ class PodOptions:
     ttl_s: int
     shm_size: str | None = None
     pull_secret: str | None = None
-    service_account: str | None = None
     overlay: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -66,7 +64,6 @@ def pod_options(app: AppDef, cfg: Mapping[str, Any]) -> PodOptions:
         ttl_s=7 * 24 * 3600 if ttl_s is None else ttl_s,
         shm_size=cfg.get("shm_size"),
         pull_secret=cfg.get("pull_secret"),
-        service_account=cfg.get("service_account"),
         overlay=read_overlay(cfg.get("overlay")),
     )
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 from torchx.schedulers.api import AppDryRunInfo, DescribeAppResponse, ListAppResponse, Stream, filter_regex
-from torchx.schedulers.kubernetes_scheduler import KubernetesJob, KubernetesScheduler
+from torchx.schedulers.kubernetes_scheduler import KubernetesJob, KubernetesScheduler, app_to_resource
 from torchx.specs import AppDef, is_terminal, runopts
 from torchx.util.strings import normalize_str
 
@@ -41,6 +41,7 @@ class KubernetesRequest(KubernetesJob):
     """What a dry run shows: the job that is sent, and its form for a cluster without Volcano."""
 
     plain: list[dict[str, Any]]
+    namespace: str | None
 
     def __str__(self) -> str:
         job, plain = _yaml([self.resource]), _yaml(self.plain)
@@ -91,15 +92,18 @@ class Kubernetes(KubernetesScheduler):
     def _submit_dryrun(self, app: AppDef, cfg: Any) -> AppDryRunInfo[KubernetesJob]:
         refuse_unusable_names(app)
         options = pod_options(app, cfg)
+        images_to_push = self.dryrun_push_images(app, cfg)
         with warnings.catch_warnings():
             # It warns that Volcano miscounts retries; `volcano_job` sees to that.
             warnings.filterwarnings("ignore", message=r"\s*Role .* configured with restarts")
-            torchx_request = super()._submit_dryrun(app, cfg).request
-        resource = _plain_values(torchx_request.resource)
+            # The function, not the base class: later versions of that ask the cluster, which a dry run may not have.
+            made = app_to_resource(app, cfg.get("queue"), cfg.get("service_account"), cfg.get("priority_class"))
+        resource = _plain_values(made)
         request = KubernetesRequest(
             resource=volcano_job(resource, app, options),
             plain=indexed_jobs(resource, app, options),
-            images_to_push=torchx_request.images_to_push,
+            images_to_push=images_to_push,
+            namespace=cfg.get("namespace"),
         )
         for manifest in (request.resource, *request.plain):
             refuse_if_wrong(manifest)
@@ -118,16 +122,17 @@ class Kubernetes(KubernetesScheduler):
 
     def schedule(self, dryrun_info: AppDryRunInfo[KubernetesJob]) -> str:
         """Send a job."""
-        cfg: Any = dryrun_info._cfg or {}
-        namespace = cfg.get("namespace") or self.cluster.namespace
-        self.push_images(dryrun_info.request.images_to_push)
+        request: Any = dryrun_info.request
+        namespace = request.namespace or self.cluster.namespace
+        self.push_images(request.images_to_push)
         try:
-            created = self.cluster.create_job(namespace, dryrun_info.request.resource)
+            created = self.cluster.create_job(namespace, request.resource)
         except ClusterRefusedError as error:
-            raise LaunchRefusedError(f"{error}; {self._remedy(error, namespace, cfg.get('queue'))}") from error
+            remedy = self._remedy(error, namespace, request.resource["spec"]["queue"])
+            raise LaunchRefusedError(f"{error}; {remedy}") from error
         return f"{namespace}:{created['metadata']['name']}"
 
-    def _remedy(self, error: ClusterRefusedError, namespace: str, queue: str | None) -> str:
+    def _remedy(self, error: ClusterRefusedError, namespace: str, queue: str) -> str:
         if "queue" in str(error):
             there = ", ".join(self.cluster.queues()) or "see `kubectl get queues`"
             return f"queue is {queue!r}: give -cfg queue=NAME of a queue that is open (there are: {there})"
@@ -147,9 +152,9 @@ class Kubernetes(KubernetesScheduler):
                 raise
             return None
 
-    def list(self) -> list[ListAppResponse]:
-        """List the jobs of the current namespace."""
-        namespace = self.cluster.namespace
+    def list(self, cfg: Any = None) -> list[ListAppResponse]:
+        """List the jobs of a namespace: the current one, where nothing else is said (later versions hand options)."""
+        namespace = (cfg or {}).get("namespace") or self.cluster.namespace
         jobs = self.cluster.list_jobs(namespace)
         return [ListAppResponse(app_id=f"{namespace}:{job['metadata']['name']}", state=state_of(job)) for job in jobs]
 
