@@ -140,6 +140,23 @@ def test_mounts_are_refused_where_there_is_no_container(scheduler: SlurmSchedule
         scheduler.submit_dryrun(app_of(mounts=["type=bind", "src=/a", "dst=/b"]), {})
 
 
+def test_job_runs_in_the_folder_that_the_code_was_copied_to(scheduler: SlurmScheduler, tmp_path: Path) -> None:
+    copied = tmp_path / "copy"
+    app = app_of()
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "mine.py").write_text("x = 1")
+    scheduler.build_workspace_and_update_role(app.roles[0], f"file://{tmp_path}/code", {"job_dir": str(copied)})
+    script = script_of(scheduler, app, job_dir=str(copied))
+    assert f"#SBATCH --chdir={copied}\n" in script
+    assert f"#SBATCH --output={copied}/slurm-%j.out\n" in script
+    assert (copied / "mine.py").exists()
+
+
+def test_folder_for_code_without_code_is_refused(scheduler: SlurmScheduler) -> None:
+    with pytest.raises(LaunchRefusedError, match=r"job_dir is 'new': .* add --workspace file://\$PWD"):
+        scheduler.submit_dryrun(app_of(), {"job_dir": "new"})
+
+
 def test_without_slurm_a_submission_says_where_to_go(scheduler: SlurmScheduler, tmp_path: Path) -> None:
     with pytest.raises(
         LaunchRefusedError, match=r"'sbatch' is not on the PATH; give the command on a machine that has"

@@ -75,6 +75,10 @@ class SlurmScheduler(DirWorkspaceMixin, Scheduler[Any]):
         for kind, name in (("app", app.name), ("role", role.name)):
             if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
                 raise LaunchRefusedError(f"{kind} name {name!r}: use letters, digits, _ and - only.")
+        if cfg.get("job_dir") and role.image != cfg["job_dir"]:
+            raise LaunchRefusedError(
+                f"job_dir is {cfg['job_dir']!r}: no folder was given to copy there; add --workspace file://$PWD."
+            )
         folder = os.path.abspath(cfg.get("log_dir") or cfg.get("job_dir") or ".")
         request = SlurmRequest(
             name=app.name,
