@@ -149,6 +149,33 @@ def test_shared_memory_is_as_large_as_asked(dry_run: Any) -> None:
         dry_run(make_app("train"), shm_size="64 GB")
 
 
+def test_mounts_of_a_role_are_volumes_beside_those_of_the_overlay(dry_run: Any, overlay: str) -> None:
+    app = make_app("train")
+    app.roles[0].mounts = specs.parse_mounts(
+        ["type=bind", "src=/host", "dst=/in", "readonly", "type=volume", "src=claim", "dst=/runs"]
+    )
+    request = dry_run(app, overlay=overlay)
+    for manifest in (request.resource, *request.plain[1:]):
+        assert {volume["name"] for volume in pod_of(manifest)["volumes"]} == {"dshm", "mount-0", "mount-1", "data"}
+        mounts = {mount["mountPath"]: mount.get("readOnly") for mount in container_of(manifest)["volumeMounts"]}
+        assert mounts == {"/dev/shm": None, "/in": True, "/runs": False, "/data": None}
+
+
+def test_interpreter_of_this_machine_is_warned_of(dry_run: Any, caplog: pytest.LogCaptureFixture) -> None:
+    app = make_app("train")
+    dry_run(app)
+    assert not caplog.records
+    app.roles[0].args = [part.replace("exec python ", f"exec {sys.executable} ") for part in app.roles[0].args]
+    dry_run(app)
+    assert "image 'registry/mufasa:1' has to have; `--python python` starts the image's own" in caplog.text
+
+
+def test_workspace_without_a_docker_daemon_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/docker.sock")
+    with pytest.raises(LaunchRefusedError, match='add --workspace="" to run the image as it is'):
+        create_scheduler("test").build_workspace_and_update_role(make_app("train").roles[0], f"file://{tmp_path}", {})
+
+
 @pytest.mark.parametrize("retries", [0, 3])
 def test_retries_are_counted_as_the_clusters_count_them(retries: int, dry_run: Any) -> None:
     request = dry_run(make_app("train", max_retries=retries))
@@ -199,13 +226,6 @@ def test_role_and_names_that_no_cluster_takes_are_refused(dry_run: Any) -> None:
         dry_run(make_app("train", image=""))
     with pytest.raises(LaunchRefusedError, match=r"app-name is 'a b'"):
         dry_run(make_app("train", name="a b"))
-
-
-def test_refusal_is_one_that_torchx_shows_without_a_traceback() -> None:
-    from torchx.specs.finder import ComponentValidationException
-
-    assert issubclass(LaunchRefusedError, ComponentValidationException)
-    assert issubclass(LaunchRefusedError, ValueError)
 
 
 def test_missing_client_is_named_with_the_remedy(dry_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,8 @@
 """The pod template of a role: TorchX's own, with what is lost there, and with the command line as the app gives it."""
 
+import logging
+import shlex
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +12,7 @@ from mufasa_rec.launch.kubernetes.options import PodOptions
 from mufasa_rec.launch.kubernetes.overlay import apply_overlay
 from mufasa_rec.launch.refusal import LaunchRefusedError
 
+logger = logging.getLogger(__name__)
 SHM_PATH = "/dev/shm"
 
 
@@ -25,6 +29,17 @@ def refuse_unusable_names(app: AppDef) -> None:
                 f"role is {role.name!r}: the first node's host comes in a variable of that name; give letters, digits"
                 " and underscores, not a digit first"
             )
+
+
+def warn_of_local_python(app: AppDef) -> None:
+    """Say once that an image will hardly have the interpreter of this machine, which is the components' default."""
+    for role in app.roles:
+        if any(shlex.quote(sys.executable) in part for part in (role.entrypoint, *role.args)):
+            logger.warning(
+                "role %s starts %s, which image %r has to have; `--python python` starts the image's own",
+                role.name, sys.executable, role.image,
+            )  # fmt: skip
+            return
 
 
 def literal(text: str) -> str:

@@ -22,7 +22,7 @@ from torchx.util.strings import normalize_str
 from mufasa_rec.launch.kubernetes.cluster import Cluster, ClusterRefusedError
 from mufasa_rec.launch.kubernetes.indexed_job import indexed_jobs
 from mufasa_rec.launch.kubernetes.options import pod_options
-from mufasa_rec.launch.kubernetes.pods import refuse_unusable_names
+from mufasa_rec.launch.kubernetes.pods import refuse_unusable_names, warn_of_local_python
 from mufasa_rec.launch.kubernetes.rules import refuse_if_wrong
 from mufasa_rec.launch.kubernetes.status import describe_job, state_of
 from mufasa_rec.launch.kubernetes.volcano import volcano_job
@@ -91,6 +91,7 @@ class Kubernetes(KubernetesScheduler):
 
     def _submit_dryrun(self, app: AppDef, cfg: Any) -> AppDryRunInfo[KubernetesJob]:
         refuse_unusable_names(app)
+        warn_of_local_python(app)
         options = pod_options(app, cfg)
         images_to_push = self.dryrun_push_images(app, cfg)
         with warnings.catch_warnings():
