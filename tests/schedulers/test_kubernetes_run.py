@@ -73,6 +73,22 @@ def test_missing_right_and_silent_cluster_are_named(
         Cluster()
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"priority": "high"}, "spec.priority: VolcanoSpec has no such field"),
+        ({"tasks": []}, "spec.tasks is empty"),
+        ({"queue": "closed"}, "unable to find job queue"),
+    ],
+)
+def test_stand_in_refuses_what_a_cluster_would(stand_in: StandIn, wrong: dict[str, Any], message: str) -> None:
+    scheduler, app_id = start(app("true"))
+    wait_for_end(scheduler, app_id)
+    job = stand_in.volcano_jobs["team", app_id.partition(":")[2]].manifest
+    with pytest.raises(LaunchRefusedError, match=message):
+        Cluster().create_job("team", {**job, "spec": {**job["spec"], **wrong}})
+
+
 def test_pod_with_a_service_account_starts_jobs_on_its_own_cluster(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
