@@ -90,8 +90,8 @@ class SlurmScheduler(DirWorkspaceMixin, Scheduler[Any]):
         )
         return AppDryRunInfo(request, str)
 
-    def _validate(self, app: AppDef, scheduler: str) -> None:
-        """Sbatch itself says what a cluster does not have; TorchX would refuse a role without resources."""
+    def _validate(self, app: AppDef, scheduler: str, *cfg: Any) -> None:
+        """Sbatch itself says what a cluster lacks; newer releases of TorchX hand over the options too."""
 
     def schedule(self, dryrun_info: AppDryRunInfo[SlurmRequest]) -> str:
         """Submit a job; returns its number."""
@@ -125,7 +125,7 @@ class SlurmScheduler(DirWorkspaceMixin, Scheduler[Any]):
             roles_statuses=[RoleStatus(role.name, replicas)],
         )
 
-    def list(self) -> list[ListAppResponse]:
+    def list(self, *cfg: Any) -> list[ListAppResponse]:
         """This user's jobs."""
         return [ListAppResponse(app_id=job, state=state) for job, state in list_jobs()]
 
