@@ -163,12 +163,13 @@ def test_preempted_job_that_saves_and_ends_is_started_again_without_a_retry(clus
     status = cluster.ended(handle)
     assert "State: SUCCEEDED" in status, cluster.own_output(handle)
     assert "Num Restarts: 1" in status
-    assert cluster.torchx("log", f"{handle}/work/1").splitlines() == [
-        f"work/1 {text}" for text in ("attempt 0", "begun", "saved", "attempt 1")
-    ]
+    lines = cluster.torchx("log", f"{handle}/work/1").splitlines()
+    lines = [line for line in lines if "slurmstepd" not in line]  # Slurm's own word on some node
+    assert lines == [f"work/1 {text}" for text in ("attempt 0", "begun", "saved", "attempt 1")]
     assert "again: preempted" in cluster.own_output(handle)
 
 
+@pytest.mark.slow
 def test_job_is_warned_ahead_of_the_end_of_its_time_and_started_again(cluster: Cluster) -> None:
     line = (
         'echo attempt ${SLURM_RESTART_COUNT:-0}; [ -n "$SLURM_RESTART_COUNT" ] && exit 0; '
