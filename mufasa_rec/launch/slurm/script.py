@@ -27,7 +27,8 @@ again=no
 [[ $preempted == [0-9]* ]] && again=preempted
 [ "$state" = RUNNING ] || again=no
 echo "$(date +%T) srun ended: code $code, restarts $restarts, state $state, preempted $preempted; again: $again"
-[ "$again" = no ] || scontrol requeue "$SLURM_JOB_ID"
+[ "$again" = no ] && exit "$code"
+for attempt in 1 2 3; do scontrol requeue "$SLURM_JOB_ID" && break; sleep "$attempt"; done
 exit "$code"
 """
 # With --no-requeue Slurm refuses to take the job back.
