@@ -24,6 +24,8 @@ def prepare(
     image: str = "mufasa_rec",
     python: str = sys.executable,
     env: Optional[Dict[str, str]] = None,
+    mounts: Optional[List[str]] = None,
+    ports: Optional[Dict[str, int]] = None,
     max_retries: int = 0,
     rdzv_port: int = 29500,
     threads: int = 1,
@@ -34,13 +36,15 @@ def prepare(
         script_args: what the program itself is told, after a `--`; `-- --help` lists it
         j: nodes x processes per node, such as 1x2
         name: name of the job, at most 30 characters
-        h: named resource of a node; it takes precedence over cpu, gpu and memMB
+        h: named resource of a node, such as h100x8 or cpu; it takes precedence over cpu, gpu and memMB
         cpu: CPU cores per node
         gpu: GPUs per node
         memMB: memory per node in MB
         image: container image, where the scheduler runs containers
         python: Python interpreter on the nodes; `python` where the job runs in a container
-        env: more environment variables, as NAME=value,NAME=value
+        env: more environment variables, as NAME=value,NAME=value; no secrets, which a job's description would show
+        mounts: of the container, as type=bind,src=/host,dst=/container,readonly or type=volume,src=name,dst=/path
+        ports: more ports of the container, as name=number,name=number
         max_retries: how often the scheduler starts a failed job again
         rdzv_port: port of the first node on which several nodes meet; a single node takes any free port
         threads: OMP_NUM_THREADS of each process
@@ -62,7 +66,8 @@ def prepare(
                 max_retries=max_retries,
                 retry_policy=specs.RetryPolicy.APPLICATION,
                 resource=specs.resource(cpu=cpu, gpu=gpu, memMB=memMB, h=h),
-                port_map={"c10d": rdzv_port},
+                port_map={"c10d": rdzv_port, **(ports or {})},
+                mounts=specs.parse_mounts(mounts or []),
             )
         ],
     )

@@ -24,6 +24,8 @@ def train(
     image: str = "mufasa_rec",
     python: str = sys.executable,
     env: Optional[Dict[str, str]] = None,
+    mounts: Optional[List[str]] = None,
+    ports: Optional[Dict[str, int]] = None,
     max_retries: int = 0,
     max_restarts: int = 0,
     grace_s: int = 60,
@@ -36,13 +38,15 @@ def train(
         script_args: what the program itself is told, after a `--`; `-- --help` lists it
         j: nodes x processes per node, such as 1x2; or least:most nodes x processes, such as 1:2x4 (elastic)
         name: name of the job, at most 30 characters
-        h: named resource of a node; it takes precedence over cpu, gpu and memMB
+        h: named resource of a node, such as h100x8 or cpu; it takes precedence over cpu, gpu and memMB
         cpu: CPU cores per node
         gpu: GPUs per node
         memMB: memory per node in MB
         image: container image, where the scheduler runs containers
         python: Python interpreter on the nodes; `python` where the job runs in a container
-        env: more environment variables, as NAME=value,NAME=value
+        env: more environment variables, as NAME=value,NAME=value; no secrets, which a job's description would show
+        mounts: of the container, as type=bind,src=/host,dst=/container,readonly or type=volume,src=name,dst=/path
+        ports: more ports of the container, as name=number,name=number
         max_retries: how often the scheduler starts a failed job again; it goes on from the newest checkpoint
         max_restarts: how often torchrun starts lost processes again in place; an elastic job needs at least 1
         grace_s: seconds to save in when the job is told to end; more than the program's own checkpoint.grace_s
@@ -73,7 +77,8 @@ def train(
                 max_retries=max_retries,
                 retry_policy=specs.RetryPolicy.APPLICATION,
                 resource=specs.resource(cpu=cpu, gpu=gpu, memMB=memMB, h=h),
-                port_map={"c10d": rdzv_port},
+                port_map={"c10d": rdzv_port, **(ports or {})},
+                mounts=specs.parse_mounts(mounts or []),
             )
         ],
     )

@@ -5,10 +5,12 @@ import importlib
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torchx import specs
@@ -17,6 +19,14 @@ from torchx.specs.file_linter import validate
 ROOT = Path(__file__).resolve().parent.parent
 TORCHX = str(Path(sysconfig.get_path("scripts")) / "torchx")
 COMPONENTS = ("prepare", "train", "fuse", "evaluate", "export")
+# What a program does not begin without.
+NEEDED = {
+    "prepare": ("--input", "I", "--output", "O"),
+    "train": ("--run", "R"),
+    "fuse": ("--run", "R"),
+    "evaluate": ("--run", "R", "--output", "O"),
+    "export": ("--run", "R", "--output", "O"),
+}
 # Writes what each process was told and where it stands.
 PROGRAM = """
 import json, os, pathlib, sys
@@ -67,6 +77,18 @@ def test_resources_retries_and_image_reach_the_role(component: str) -> None:
     (role,) = make_app(component, cpu=8, gpu=2, memMB=999, image="registry/image:1", max_retries=3).roles
     assert (role.resource.cpu, role.resource.gpu, role.resource.memMB) == (8, 2, 999)
     assert (role.image, role.max_retries, role.retry_policy) == ("registry/image:1", 3, specs.RetryPolicy.APPLICATION)
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_mounts_and_ports_reach_the_role(component: str) -> None:
+    mounts = ["type=bind", "src=/data", "dst=/in", "readonly", "type=volume", "src=runs", "dst=/out"]
+    (role,) = make_app(component, mounts=mounts, ports={"tensorboard": 6006}, rdzv_port=1234).roles
+    assert role.mounts == [
+        specs.BindMount(src_path="/data", dst_path="/in", read_only=True),
+        specs.VolumeMount(src="runs", dst_path="/out"),
+    ]
+    assert role.port_map == {"c10d": 1234, "tensorboard": 6006}
+    assert make_app(component).roles[0].mounts == []
 
 
 @pytest.mark.parametrize("component", COMPONENTS)
@@ -176,6 +198,41 @@ def test_dryrun_passes_the_arguments_of_the_program_through(component: str) -> N
     joined = re.sub(r"['\"]\s+['\"]", "", shown.stdout)
     assert shown.returncode == 0, shown.stderr
     assert f"torchx_apps.{component} {' '.join(arguments)}" in joined
+
+
+def program_of(component: str, *script_args: str) -> tuple[str, list[str]]:
+    """The module that a job starts and what it is told, as the shell and torchrun take the line apart."""
+    words = shlex.split(make_app(component, *script_args).roles[0].args[1])
+    module, *arguments = words[words.index("--") + 1 :]
+    return module, arguments
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_arguments_are_read_by_the_parser_of_the_program_itself(
+    component: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module, arguments = program_of(component, *NEEDED[component], "--no-such-flag", "a b")
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(module).main(arguments)
+    said = f"{ended.value.code} {capsys.readouterr().err}"
+    assert ended.value.code not in (0, None)
+    assert "--no-such-flag" in said
+
+
+def test_fields_of_the_configuration_reach_the_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    module, arguments = program_of(
+        "train",
+        *("--preset", "demo", "--run", str(tmp_path / "a b"), "--data.dataset", "D", "--trainer.epochs", "7"),
+        *("--model.width", "48", "--optimizer.learning-rate", "0.5"),
+    )
+    program = importlib.import_module(module)
+    got: list[Any] = []
+    monkeypatch.setattr(program, "train", lambda config, folder, env: got.extend((config, folder)))
+    program.main(arguments)
+    config, folder = got
+    assert folder == tmp_path / "a b"
+    assert (config.data.dataset, config.trainer.epochs, config.model.width) == ("D", 7, 48)
+    assert config.optimizer.learning_rate == 0.5
 
 
 @pytest.mark.parametrize("processes", [1, 2])

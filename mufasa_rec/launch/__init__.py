@@ -1,0 +1,1 @@
+"""Starting jobs on clusters: what TorchX leaves to its users."""

@@ -1,0 +1,1 @@
+"""The parts of the scheduler `slurm`: the script of a job, and what a cluster says about jobs."""
