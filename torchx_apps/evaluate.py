@@ -32,8 +32,7 @@ from mufasa_rec.evaluation.ranks import Ranked
 from mufasa_rec.evaluation.report import write_report
 from mufasa_rec.evaluation.summary import histograms, paired, summarise
 from mufasa_rec.models.baselines import Transitions, count_transitions
-from mufasa_rec.training.checkpoint import check_intact, find_checkpoint, load_model
-from torchx_apps import assembly, fusion_tuning, run_folder
+from torchx_apps import assembly, fusion_tuning, judged_run
 from torchx_apps.evaluate_ranking import evaluate_ranking
 
 logger = logging.getLogger(__name__)
@@ -165,21 +164,11 @@ def _rank_run(
     exchange: RankExchange,
 ) -> tuple[Ranked, float]:
     """Load a run's checkpoint on this world's ranks and rank with it; also returns training plus ranking seconds."""
-    data = assembly.open_dataset(config, assembly.load_vocabulary(folder))
-    if data.catalog.split != first.catalog.split:
-        raise ValueError(
-            f"{folder}: trained on split {data.catalog.split}, the first run on {first.catalog.split}; "
-            "rows of one table need one split."
-        )
+    data = judged_run.open_beside(folder, config, first)
     begin = time.perf_counter()
     retriever = assembly.build_retriever(config, data, exchange, fusion_tuning.of_run(config, folder))
     model = assembly.shard_retriever(config, data, retriever, env.device)
-    checkpoint = exchange.objects(find_checkpoint(config.checkpoint.location(folder), which))[0]
-    manifest = check_intact(checkpoint, exchange)
-    run_folder.refuse_other_data(manifest, data)
-    load_model(checkpoint, model, assembly.content_tables(data))
-    logger.info("%s: checkpoint %s, step %d", folder, manifest.name, manifest.step)
-    model.eval()
+    judged_run.load_weights(folder, which, config, data, model, exchange)
     evaluator = assembly.make_evaluator(config, data, part, env, exchange)
     ranked = evaluator.rank(assembly.make_scorer(config, data, model, env, exchange))
     trained = Path(folder) / "summary.json"

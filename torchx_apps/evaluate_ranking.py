@@ -27,8 +27,7 @@ from mufasa_rec.distributed.env import DistributedEnv
 from mufasa_rec.evaluation.impressions import FIGURES, NEW_ITEM, Score, model_score
 from mufasa_rec.evaluation.ranking import RankingResult
 from mufasa_rec.evaluation.ranking_intervals import interval, paired_interval
-from mufasa_rec.training.checkpoint import check_intact, find_checkpoint, load_model
-from torchx_apps import assembly, ranking, run_folder
+from torchx_apps import assembly, judged_run, ranking
 
 logger = logging.getLogger(__name__)
 SCORES_FILE = "scores.safetensors"
@@ -102,19 +101,9 @@ def _evaluate_run(
     exchange: RankExchange,
 ) -> dict[str, RankingResult]:
     """Load a run's checkpoint on this world's ranks and score every impression with it."""
-    data = assembly.open_dataset(config, assembly.load_vocabulary(folder))
-    if data.catalog.split != first.catalog.split:
-        raise ValueError(
-            f"{folder}: trained on split {data.catalog.split}, the first run on {first.catalog.split}; "
-            "rows of one table need one split."
-        )
+    data = judged_run.open_beside(folder, config, first)
     model = ranking.shard_ranker(config, data, ranking.build_ranker(config, data, exchange), env.device)
-    checkpoint = exchange.objects(find_checkpoint(config.checkpoint.location(folder), which))[0]
-    manifest = check_intact(checkpoint, exchange)
-    run_folder.refuse_other_data(manifest, data)
-    load_model(checkpoint, model, assembly.content_tables(data))
-    logger.info("%s: checkpoint %s, step %d", folder, manifest.name, manifest.step)
-    model.eval()
+    judged_run.load_weights(folder, which, config, data, model, exchange)
     return ranking.make_evaluator(config, data, part, env, exchange).evaluate(model_score(model))
 
 

@@ -23,6 +23,7 @@ from mufasa_rec.modules.over_arch import OverArch
 from mufasa_rec.modules.ranking_objective import RankingObjective
 from mufasa_rec.modules.similarity_interest import RestoringExtractor
 from mufasa_rec.modules.sparse_arch import SparseArch, merge
+from mufasa_rec.ops.jagged import sequence_ids
 
 
 class RankingInputs(Protocol):
@@ -122,8 +123,9 @@ class RankerArch(nn.Module):
         items = self._items(values, batch)
         history, candidates = self._history(items, values, batch), self._candidates(items, values, batch)
         interests, restored, places = self._interests(history, candidates)
-        logits = self.over_arch(self._request(values, batch), self._candidate(candidates, interests, values, batch),
-                                _owner(batch))  # fmt: skip
+        owner = sequence_ids(batch.candidate_offsets, len(batch.candidate_item))  # request of each candidate, [C]
+        by_candidate = self._candidate(candidates, interests, values, batch)
+        logits = self.over_arch(self._request(values, batch), by_candidate, owner)
         nothing = logits.new_zeros(())
         if not self.training:
             return nothing, RankerOutput(logits.detach(), nothing, nothing, places, nothing)
@@ -218,10 +220,3 @@ class Ranker(nn.Module):
     def forward(self, batch: RankingInputs) -> tuple[Tensor, RankerOutput]:
         """Return the loss and the output of a batch."""
         return self.dense(self.sparse(batch.features), batch)
-
-
-def _owner(batch: RankingInputs) -> Tensor:
-    """Request of each candidate, `[C]`."""
-    lengths = batch.candidate_offsets[1:] - batch.candidate_offsets[:-1]
-    index = torch.arange(len(lengths), device=lengths.device)
-    return torch.repeat_interleave(index, lengths, output_size=len(batch.candidate_item))
