@@ -26,7 +26,7 @@ from mufasa_rec.training.warm_start_plan import WarmStartConfig
 from tests.helpers.ranks import run_ranks
 
 MIB = 1 << 20
-LARGE_ROWS, LARGE_DIM = 400_000, 64
+LARGE_ROWS, LARGE_DIM = 100_000, 512
 
 
 def make_model(env: DistributedEnv, rows: int, dim: int, kind: Any = "row_wise") -> nn.Module:
@@ -84,8 +84,8 @@ def test_matrix_larger_than_a_rank_holds_is_read_in_parts(tmp_path: Path) -> Non
     for read, _, growth, right in results:
         assert right
         assert read == matrix.nbytes // 2
-        # Chunks of 4 MiB, and a few numbers for each of 400,000 ids; the matrix has 98 MiB, a rank's share 49.
-        assert growth < 40, f"{growth} MiB beside the table"
+        # Chunks of 4 MiB, and a few numbers for each of 100,000 ids; the matrix has 195 MiB, a rank's share 98.
+        assert growth < 70, f"{growth} MiB beside the table"
 
 
 IDS = np.array([11, 13, 17, 19, 23, 29, 31, 37, 41], dtype=np.int64)
