@@ -22,6 +22,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from mufasa_rec.data import paths
 from mufasa_rec.distributed.env import distributed
+from mufasa_rec.distributed.host_memory import keep_freed_memory
 from torchx_apps import benchmarks
 from torchx_apps.benchmarks._measure import Measured, Settings, as_json, surroundings
 
@@ -47,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         with distributed(level=logging.WARNING) as env:
             if env.world_size > 1:
                 raise ValueError(f"WORLD_SIZE={env.world_size}: benchmarks measure one process; start one.")
+            if env.device.type == "cpu":
+                keep_freed_memory()  # as training does
             rows = []
             for name in names if options.name == "all" else [options.name]:
                 module = _module(name)

@@ -23,6 +23,7 @@ from mufasa_rec.data import paths
 from mufasa_rec.data.batch import Batch
 from mufasa_rec.distributed.collectives import RankExchange
 from mufasa_rec.distributed.env import DistributedEnv, distributed
+from mufasa_rec.distributed.host_memory import keep_freed_memory
 from mufasa_rec.distributed.sharding import describe
 from mufasa_rec.training.checkpoint_manifest import Manifest
 from mufasa_rec.training.optim import TrainOptimizer
@@ -47,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         folder = run_folder.local_folder(options.run)
         with distributed() as env:
             torch.set_num_threads(config.threads)
+            if env.device.type == "cpu":
+                keep_freed_memory()
             train(config, folder, env)
     except (ValueError, OSError) as error:
         raise SystemExit(f"train: {error}") from error

@@ -42,19 +42,20 @@ def forward(
     work = list(_work(layout))
 
     def attend(number: int, scratch: Scratch) -> None:
-        head = Head(number, groups, ratio, layout, selected, scratch)
+        head = Head(number, groups, ratio, x.q.shape[-1], layout, selected, scratch)
         for branch, tile in work:
             q, k, v = (given[name] for name in _names(branch, x.shared))
-            runs, size = head.runs(tile), head.chunk_size(tile)
-            queries = head.take_rows("q", q, runs).mul_(q.shape[-1] ** -0.5 * LOG2E)
-            mixed = head.rows_like("mixed", queries)
-            gates = head.take_rows("gates", x.gates, runs)[..., branch : branch + 1]
-            found = []
-            for part, one_q, one_out, gate in _cut(size, runs, queries, mixed, gates):
-                taken = one_q, head.take_keys("k", k, part), head.take_keys("v", v, part)
-                found.append(chunk.forward_chunk(head, part, taken, gate, one_out))
-            head.add_rows(out, runs, mixed)
-            head.add_rows(lse[branch], runs, torch.cat(found))
+            size = head.chunk_size(tile)
+            for runs in head.pieces(tile):
+                queries = head.take_rows("q", q, runs).mul_(q.shape[-1] ** -0.5 * LOG2E)
+                mixed = head.rows_like("mixed", queries)
+                gates = head.take_rows("gates", x.gates, runs)[..., branch : branch + 1]
+                found = []
+                for part, one_q, one_out, gate in _cut(size, runs, queries, mixed, gates):
+                    taken = one_q, head.take_keys("k", k, part), head.take_keys("v", v, part)
+                    found.append(chunk.forward_chunk(head, part, taken, gate, one_out))
+                head.add_rows(out, runs, mixed)
+                head.add_rows(lse[branch], runs, torch.cat(found))
 
     for_each_head(attend, groups, out.device)
     return out.to(x.q.dtype), lse, selected
@@ -85,23 +86,28 @@ def backward(
     work = list(_work(layout))
 
     def attend(number: int, scratch: Scratch) -> None:
-        head = Head(number, groups, ratio, layout, selected, scratch)
+        head = Head(number, groups, ratio, x.q.shape[-1], layout, selected, scratch)
         for branch, tile in work:
             names = _names(branch, x.shared)
             (q, k, v), (_, grad_k, grad_v) = ([tensors[name] for name in names] for tensors in (given, found))
-            runs, size = head.runs(tile), head.chunk_size(tile)
-            queries = head.take_rows("q", q, runs).mul_(scale * LOG2E)
-            mine, by_q = head.take_rows("grad", grad, runs), head.rows_like("by_q", queries)
-            gates = head.take_rows("gates", x.gates, runs)[..., branch : branch + 1]
-            lses, means = head.take_rows("lse", lse[branch], runs), []
-            for part, one_q, one_grad, one_out, *numbers in _cut(size, runs, queries, mine, by_q, gates, lses):
-                taken = one_q, head.take_keys("k", k, part), head.take_keys("v", v, part), one_grad
-                by_k, by_v, mean = chunk.backward_chunk(head, part, taken, (numbers[0], numbers[1]), one_out)
-                head.add_keys(grad_k, part, by_k)
-                head.add_keys(grad_v, part, by_v)
-                means.append(mean)
-            head.add_rows(found[names[0]], runs, by_q.mul_(scale))
-            head.add_rows(by_gate[branch], runs, torch.cat(means))
+            size = head.chunk_size(tile)
+            for runs in head.pieces(tile):
+                queries = head.take_rows("q", q, runs).mul_(scale * LOG2E)
+                mine, by_q = head.take_rows("grad", grad, runs), head.rows_like("by_q", queries)
+                gates = head.take_rows("gates", x.gates, runs)[..., branch : branch + 1]
+                gated_q = torch.mul(queries, gates / LOG2E, out=head.rows_like("gated_q", queries))
+                gated_grad = torch.mul(mine, gates, out=head.rows_like("gated_grad", mine))
+                lses, means = head.take_rows("lse", lse[branch], runs), []
+                rows = queries, mine, by_q, gates, lses, gated_q, gated_grad
+                for part, one_q, one_grad, one_out, *numbers, by_gate_q, by_gate_grad in _cut(size, runs, *rows):
+                    taken = one_q, head.take_keys("k", k, part), head.take_keys("v", v, part), one_grad
+                    gated = by_gate_q, by_gate_grad
+                    by_k, by_v, mean = chunk.backward_chunk(head, part, taken, gated, (numbers[0], numbers[1]), one_out)
+                    head.add_keys(grad_k, part, by_k)
+                    head.add_keys(grad_v, part, by_v)
+                    means.append(mean)
+                head.add_rows(found[names[0]], runs, by_q.mul_(scale))
+                head.add_rows(by_gate[branch], runs, torch.cat(means))
 
     for_each_head(attend, groups, grad.device)
     found["gates"] = by_gate.movedim(0, -1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mufasa_rec.ops.sparse_attention.tiles import LOG2E, Head, Runs
+from mufasa_rec.ops.sparse_attention.tiles import Head, Runs
 
 
 def forward_chunk(head: Head, runs: Runs, taken: tuple[Tensor, Tensor, Tensor], gate: Tensor, out: Tensor) -> Tensor:
@@ -37,6 +37,7 @@ def backward_chunk(
     head: Head,
     runs: Runs,
     taken: tuple[Tensor, Tensor, Tensor, Tensor],
+    gated: tuple[Tensor, Tensor],
     numbers: tuple[Tensor, Tensor],
     out: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -46,6 +47,7 @@ def backward_chunk(
         head: The head.
         runs: The chunk.
         taken: Queries, keys and values as above, and the gradient of the gated values, `[C, rows * R, D]`.
+        gated: Queries for logits in natural units, and that gradient, both times the gate, `[C, rows * R, D]`.
         numbers: The branch's gate, and its log-sum-exp, each `[C, rows * R, 1]`.
         out: Where to write the gradient of the queries, but for the scale of logits.
 
@@ -58,5 +60,5 @@ def backward_chunk(
     mean = change.sum(-1, keepdim=True)
     change.addcmul_(weights, mean, value=-1)
     torch.bmm(change, k, out=out).mul_(gate)  # the gate scales rows: let the narrow side of each product bear it
-    by_k = head.product("k", change.transpose(1, 2), q * (gate / LOG2E))
-    return by_k, head.product("v", weights.transpose(1, 2), grad * gate), mean
+    by_k = head.product("k", change.transpose(1, 2), gated[0])
+    return by_k, head.product("v", weights.transpose(1, 2), gated[1]), mean

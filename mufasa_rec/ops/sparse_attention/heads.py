@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_TOUCH = 128  # numbers from one touch to the next: any page has some, and there are enough for several threads
+
 
 def exact_dtype(dtype: torch.dtype) -> torch.dtype:
     """What is computed in: float64 for itself, else fp32."""
@@ -22,11 +24,15 @@ def exact_dtype(dtype: torch.dtype) -> torch.dtype:
 def zeros(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor:
     """Zeros that the system clears as they are first touched, in large pages: NumPy asks for those, PyTorch does not.
 
-    The results of a batch are hundreds of megabytes. To clear them in small pages by one thread took a sixth of a step.
+    The results of a batch are hundreds of megabytes. To clear them in small pages by one thread took a sixth of a step;
+    so did waiting for one another where the threads of two heads, whose rows alternate, touched a page first together.
+    So every page is touched here, by PyTorch's threads.
     """
     if like.device.type != "cpu" or not like.numel():
         return torch.zeros(shape, dtype=dtype, device=like.device)
-    return torch.from_numpy(np.zeros(shape, dtype=np.float64 if dtype == torch.float64 else np.float32))
+    found = torch.from_numpy(np.zeros(shape, dtype=np.float64 if dtype == torch.float64 else np.float32))
+    found.view(-1)[::_TOUCH].zero_()
+    return found
 
 
 class Scratch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from mufasa_rec.ops.sparse_attention.runs import add_runs, gather_runs
 from mufasa_rec.ops.sparse_attention.tile_group import NOTHING, TileGroup
 
 _CHUNK_ELEMENTS = 1 << 18  # logits of a chunk of tiles: 1 MB, which stay in the cache
+_PIECE_ELEMENTS = 1 << 18  # numbers of each kind that a piece of a group keeps for its rows
 LOG2E = 1.4426950408889634  # logits are kept in powers of two: exp2 is four times as fast as exp on a CPU
 
 
@@ -40,6 +42,24 @@ class Runs:
     foreign: Tensor | None = None
     unseen: Tensor | None = None
 
+    @cached_property
+    def idle_rows(self) -> Tensor | None:
+        """Idle queries, counted through all tiles, `[N]` int64."""
+        return None if self.idle is None else _places(self.idle)
+
+    @cached_property
+    def foreign_columns(self) -> Tensor | None:
+        """Foreign columns, counted through the columns of all tiles, `[N]` int64."""
+        return None if self.foreign is None else _places(self.foreign)
+
+    @cached_property
+    def foreign_rows(self) -> Tensor | None:
+        """Foreign columns, counted through the rows of all tiles' runs, `[N]` int64."""
+        spare = self.keys.shape[1] * self.tile.length - self.tile.columns
+        if self.foreign is None or not spare:
+            return self.foreign_columns
+        return _places(torch.nn.functional.pad(self.foreign, (0, spare)))
+
     def split(self, size: int) -> list[Runs]:
         """Chunks of at most `size` tiles."""
         if len(self.queries) <= size:
@@ -58,6 +78,7 @@ class Head:
         number: Which one.
         groups: How many there are.
         ratio: Query heads that read it, `R`.
+        width: Their width, `D`.
         layout: The batch's blocks.
         selected: Scored blocks of all heads, `[N, G, S]`.
         scratch: Memory for a chunk.
@@ -66,6 +87,7 @@ class Head:
     number: int
     groups: int
     ratio: int
+    width: int
     layout: Layout
     selected: Tensor
     scratch: Scratch
@@ -73,6 +95,11 @@ class Head:
     def chunk_size(self, tile: TileGroup) -> int:
         """How many tiles' logits fit the cache."""
         return max(1, _CHUNK_ELEMENTS // (tile.rows * self.ratio * tile.columns))
+
+    def pieces(self, tile: TileGroup) -> list[Runs]:
+        """The runs of a group of tiles, cut so that what is kept of their rows fits a shared cache."""
+        row = self.ratio * self.width
+        return self.runs(tile).split(max(self.chunk_size(tile), _PIECE_ELEMENTS // (tile.rows * row)))
 
     def runs(self, tile: TileGroup) -> Runs:
         """The runs that a group of tiles reads and writes."""
@@ -98,7 +125,7 @@ class Head:
         """Rows `[L, H, D]` of the queries of tiles, `[C, rows * R, D]`, in the scratch memory of a name."""
         by_head = rows.view(len(rows), self.groups, -1)
         memory = self.scratch.empty(name, (len(runs.queries), runs.tile.rows, by_head.shape[-1]), rows)
-        taken = _cleared(gather_runs(by_head, runs.queries, runs.tile.rows, memory), runs.idle)
+        taken = _cleared(gather_runs(by_head, runs.queries, runs.tile.rows, memory), runs.idle_rows)
         return taken.view(len(taken), runs.tile.rows * self.ratio, -1).to(exact_dtype(rows.dtype))
 
     def rows_like(self, name: str, rows: Tensor) -> Tensor:
@@ -108,18 +135,18 @@ class Head:
     def add_rows(self, rows: Tensor, runs: Runs, change: Tensor) -> None:
         """Add `change [C, rows * R, D]` to the rows `[L, H, D]` of the queries of tiles."""
         by_head = rows.view(len(rows), self.groups, -1)
-        add_runs(by_head, runs.queries, _cleared(change.view(len(change), runs.tile.rows, -1), runs.idle))
+        add_runs(by_head, runs.queries, _cleared(change.view(len(change), runs.tile.rows, -1), runs.idle_rows))
 
     def take_keys(self, name: str, keys: Tensor, runs: Runs) -> Tensor:
         """Keys or values `[L, G, D]` of a chunk, `[C, columns, D]`, in the scratch memory of a name."""
         length, width = runs.tile.length, keys.shape[-1]
         memory = self.scratch.empty(name, (runs.keys.numel(), length, width), keys)
         taken = gather_runs(keys, runs.keys, length, memory).to(exact_dtype(keys.dtype))
-        return _cleared(taken.view(len(runs.queries), -1, width), runs.foreign)[:, : runs.tile.columns]
+        return _cleared(taken.view(len(runs.queries), -1, width), runs.foreign_rows)[:, : runs.tile.columns]
 
     def add_keys(self, grads: Tensor, runs: Runs, change: Tensor) -> None:
         """Add `change [C, columns, D]` to the gradients `[L, G, D]` of a chunk's keys or values."""
-        length, change = runs.tile.length, _cleared(change, runs.foreign)
+        length, change = runs.tile.length, _cleared(change, runs.foreign_columns)
         missing = runs.keys.shape[1] * length - change.shape[1]
         if missing:
             change = torch.nn.functional.pad(change, (0, 0, 0, missing))
@@ -142,11 +169,14 @@ class Head:
         return logits
 
 
+def _places(which: Tensor) -> Tensor:
+    return torch.nonzero(which.flatten()).squeeze(1)
+
+
 def _cleared(rows: Tensor, which: Tensor | None) -> Tensor:
-    """Rows `[C, n, D]` with zeros where they are not a tile's own; by index, as a mask takes thirty times as long."""
+    """Rows `[C, n, D]` with zeros at `which [N]`; by index, as a mask takes thirty times as long."""
     if which is not None:
-        which = torch.nn.functional.pad(which, (0, rows.shape[1] - which.shape[1]))
-        rows.view(-1, rows.shape[-1]).index_fill_(0, torch.nonzero(which.flatten()).squeeze(1), 0.0)
+        rows.view(-1, rows.shape[-1]).index_fill_(0, which, 0.0)
     return rows
 
 
