@@ -24,7 +24,12 @@ def demo() -> RunConfig:
     """
     return RunConfig(
         data=DataConfig(batch_size=64, max_history=64),
-        model=RetrieverConfig(width=128, id_dropout=0.3, extractor=SparseAttentionConfig(num_heads=4, dropout=0.1)),
+        model=RetrieverConfig(
+            width=128,
+            id_dropout=0.3,
+            attention="sparse",
+            extractor=SparseAttentionConfig(num_heads=4, dropout=0.1),
+        ),
         optimizer=OptimizerConfig(
             learning_rate=4e-3, warmup_steps=50, tables=TableOptimizerConfig(name="adagrad", learning_rate=0.01)
         ),

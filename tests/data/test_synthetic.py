@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mufasa_rec.data.synthetic import RETURNS, SyntheticConfig, _Users, _World, generate
+from mufasa_rec.data.synthetic import RETURNS, SCATTERED, SyntheticConfig, _Users, _World, generate
 
 SMALL_RETURNS = replace(RETURNS, num_users=600, mean_events=100)
+SMALL_SCATTERED = replace(SCATTERED, num_users=600)
 
 
 def topics_per_user(config: SyntheticConfig) -> list[np.ndarray]:
@@ -20,7 +21,9 @@ def topics_per_user(config: SyntheticConfig) -> list[np.ndarray]:
     return np.split((catalog.item - 1) // config.items_per_topic, starts[1:])
 
 
-@pytest.mark.parametrize("config", [SyntheticConfig(num_users=600), SMALL_RETURNS], ids=["demo", "returns"])
+@pytest.mark.parametrize(
+    "config", [SyntheticConfig(num_users=600), SMALL_RETURNS, SMALL_SCATTERED], ids=["demo", "returns", "scattered"]
+)
 def test_oracle_hits_as_often_as_it_says(config: SyntheticConfig) -> None:
     rng = np.random.default_rng(0)
     users, everyone = _Users(config, _World(config, rng), rng), np.arange(config.num_users)
@@ -48,6 +51,24 @@ def test_returning_genre_comes_back_after_more_events_than_a_window_holds() -> N
             events += 1
     assert far > 0.1 * events
     assert same_genre > 0.85 * sum(len(topics) - 1 for topics in topics_per_user(SMALL_RETURNS))
+
+
+def test_scattered_interest_is_told_by_the_whole_history_and_not_by_a_short_window() -> None:
+    told, near = [], []
+    for topics in topics_per_user(SMALL_SCATTERED):
+        history, target = topics[:-1], topics[-1]
+        counts = np.bincount(history, minlength=SMALL_SCATTERED.num_topics)
+        told.append(target in np.argsort(-counts, kind="stable")[:10])
+        near.append(target in history[-14:])
+    assert np.mean(told) > 0.7
+    assert np.mean(near) < 0.45
+
+
+def test_last_noise_is_that_of_the_others_unless_it_is_given() -> None:
+    assert SyntheticConfig(noise=0.2).last_noise == 0.2
+    assert SCATTERED.last_noise == 0.03
+    with pytest.raises(ValueError, match=r"final_noise=1\.0: choose at least 0"):
+        replace(SCATTERED, final_noise=1.0)
 
 
 @pytest.mark.parametrize(

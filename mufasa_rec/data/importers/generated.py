@@ -1,4 +1,4 @@
-"""Generated sources, by seed: the catalog, the catalog with planted returns, and impressions with clicks."""
+"""Generated sources, by seed: catalogs of items with events, and impressions with clicks."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import pyarrow as pa
 from mufasa_rec.data import raw
 from mufasa_rec.data.manifest_json import to_json
 from mufasa_rec.data.raw import RawData, RawImpressions
-from mufasa_rec.data.synthetic import RETURNS, SyntheticConfig, generate
+from mufasa_rec.data.synthetic import RETURNS, SCATTERED, SyntheticConfig, generate
 from mufasa_rec.data.synthetic_clicks import generate_clicks
 from mufasa_rec.data.synthetic_clicks_config import SURFACES, ClicksConfig
 
 PREFIX = "synthetic:"
 CLICKS = "clicks"
-KINDS = {"": SyntheticConfig(), "returns": RETURNS}
+KINDS = {"": SyntheticConfig(), "returns": RETURNS, "scattered": SCATTERED}
 
 
 def read_generated(source: str, config: SyntheticConfig | None = None) -> RawData:
@@ -31,8 +31,8 @@ def read_generated(source: str, config: SyntheticConfig | None = None) -> RawDat
     kind, _, text = source.removeprefix(PREFIX).rpartition(":")
     if not text.isdecimal() or kind not in (*KINDS, CLICKS):
         raise ValueError(
-            f"--input {source!r}: the seed must be a number; write synthetic:0, synthetic:returns:0 or "
-            "synthetic:clicks:0"
+            f"--input {source!r}: the seed must be a number; write synthetic:0, synthetic:returns:0, "
+            "synthetic:scattered:0 or synthetic:clicks:0"
         )
     if kind == CLICKS:
         return read_clicks(int(text))
