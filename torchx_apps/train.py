@@ -9,6 +9,7 @@ its newest checkpoint, on any number of ranks. Asked to stop (SIGTERM, SIGUSR1) 
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -38,18 +39,41 @@ logger = logging.getLogger(__name__)
 @record
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, train, and write the run folder."""
-    parser = command_line.parser("train", __doc__)
-    parser.add_argument("--run", metavar="FOLDER", help="run folder to write, or to continue the run that it holds")
     try:
-        options, config = command_line.parse(parser, argv, lambda given: run_folder.saved_config(given.run))
-        if not options.run:
-            raise ValueError("--run: missing; give a folder for this run's configuration, logs and checkpoints.")
-        folder = run_folder.local_folder(options.run)
+        folder, config = parse(argv)
         with distributed() as env:
             torch.set_num_threads(config.threads)
             train(config, folder, env)
     except (ValueError, OSError) as error:
         raise SystemExit(f"train: {error}") from error
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The program's own options; the others are fields of the configuration."""
+    parser = command_line.parser("train", __doc__)
+    parser.add_argument("--run", metavar="FOLDER", help="run folder to write, or to continue the run that it holds")
+    return parser
+
+
+def parse(
+    argv: Sequence[str] | None, saved: Callable[[str | None], str | None] = run_folder.saved_config
+) -> tuple[Path, RunConfig]:
+    """Read a command line.
+
+    Args:
+        argv: The command line.
+        saved: Gives the configuration that a run folder holds.
+
+    Returns:
+        The run folder, and the run's configuration.
+
+    Raises:
+        ValueError: For a field or value that is refused, or a run folder that is missing or a URL.
+    """
+    options, config = command_line.parse(make_parser(), argv, lambda given: saved(given.run))
+    if not options.run:
+        raise ValueError("--run: missing; give a folder for this run's configuration, logs and checkpoints.")
+    return run_folder.local_folder(options.run), config
 
 
 def train(config: RunConfig, folder: Path, env: DistributedEnv, watch: Callable[[Batch], None] | None = None) -> dict:
@@ -71,6 +95,7 @@ def train(config: RunConfig, folder: Path, env: DistributedEnv, watch: Callable[
     config.optimizer.tables.refuse_on(env.device)
     exchange = RankExchange()
     config, continues = run_folder.claim(folder, config, exchange)
+    run_folder.refuse_unwritable(config.checkpoint.location(str(folder)), exchange)
     with run_folder.held(folder, exchange, patience_s=config.checkpoint.grace_s + 5.0):
         return _train(config, folder, continues, exchange, env, watch)
 
