@@ -18,7 +18,7 @@ from torchx.specs.file_linter import validate
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCHX = str(Path(sysconfig.get_path("scripts")) / "torchx")
-COMPONENTS = ("prepare", "train", "fuse", "evaluate", "export")
+COMPONENTS = ("prepare", "train", "fuse", "evaluate", "export", "chain")
 # What a program does not begin without.
 NEEDED = {
     "prepare": ("--input", "I", "--output", "O"),
@@ -26,6 +26,7 @@ NEEDED = {
     "fuse": ("--run", "R"),
     "evaluate": ("--run", "R", "--output", "O"),
     "export": ("--run", "R", "--output", "O"),
+    "chain": ("--run", "R", "--input", "I"),
 }
 # Writes what each process was told and where it stands.
 PROGRAM = """
@@ -89,6 +90,23 @@ def test_mounts_and_ports_reach_the_role(component: str) -> None:
     ]
     assert role.port_map == {"c10d": 1234, "tensorboard": 6006}
     assert make_app(component).roles[0].mounts == []
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_network_is_named_and_env_wins_over_what_it_sets(component: str) -> None:
+    (role,) = make_app(component, network="ib", env={"NCCL_IB_HCA": "mlx5_0"}).roles
+    assert (role.env["NCCL_NET"], role.env["NCCL_IB_HCA"]) == ("IB", "mlx5_0")
+    assert not [name for name in make_app(component).roles[0].env if name.startswith(("NCCL", "FI_"))]
+    with pytest.raises(ValueError, match="network is 'wifi': choose one of none, tcp, ib, roce, efa"):
+        make_app(component, network="wifi")
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_what_our_schedulers_read_stands_beside_the_role(component: str) -> None:
+    (role,) = make_app(component, "--run", "a b", j="2x3", secrets=["TOKEN"]).roles
+    noted = {"program": [f"torchx_apps.{component}", "--run", "a b"], "processes": 3, "secrets": ["TOKEN"]}
+    assert role.metadata == {"mufasa_rec": {**noted, "preflight": "torchx_apps.preflight"}}
+    assert not make_app(component, no_preflight=True).roles[0].metadata["mufasa_rec"]["preflight"]
 
 
 @pytest.mark.parametrize("component", COMPONENTS)
@@ -178,7 +196,9 @@ def test_components_share_their_private_helpers_word_for_word() -> None:
         for node in tree.body:
             if isinstance(node, ast.FunctionDef) and node.name.startswith("_"):
                 helpers.setdefault(node.name, set()).add(ast.unparse(node))
-    assert {"_torchrun", "_checked_name"} <= helpers.keys()
+            elif isinstance(node, ast.AnnAssign):
+                helpers.setdefault(ast.unparse(node.target), set()).add(ast.unparse(node))
+    assert {"_torchrun", "_checked_name", "NETWORKS"} <= helpers.keys()
     assert [name for name, forms in helpers.items() if len(forms) > 1] == []
 
 
