@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from mufasa_rec.data.schema import (
     FORMAT_VERSION,
@@ -14,6 +15,9 @@ from mufasa_rec.data.schema import (
     SplitRef,
     TimeInfo,
 )
+
+# The catalogs that presets for planning are made for.
+CATALOGS: dict[str, dict[str, Any]] = {"billion": {"items": 4_000_000_000, "content": {"fused": 128}}}
 
 
 def imagined_manifest(

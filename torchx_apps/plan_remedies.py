@@ -42,7 +42,7 @@ def find(config: RunConfig, topology: Topology, plan_again: PlanAgain) -> tuple[
     Returns:
         Those that make it fit first, then those that only help, in order of the memory that they need.
     """
-    found = [_remedy(change, plan_again(change.config, change.topology)) for change in _changes(config, topology)]
+    found = [_remedy(change, plan_again(change.config, change.topology)) for change in changes(config, topology)]
     found += _more_ranks(config, topology, plan_again)
     return tuple(sorted(found, key=lambda remedy: (not remedy.fits, remedy.memory_bytes)))
 
@@ -70,7 +70,7 @@ def _more_ranks(config: RunConfig, topology: Topology, plan_again: PlanAgain) ->
         factor *= 2
 
 
-def _changes(config: RunConfig, topology: Topology) -> Iterator[Change]:
+def changes(config: RunConfig, topology: Topology) -> Iterator[Change]:
     """Single changes that apply, and all that change no result but by rounding, together."""
     single = list(_single(config, topology))
     for words, options, changed in single:
@@ -90,7 +90,7 @@ Changed = tuple[str, str, RunConfig]
 
 
 def _single(config: RunConfig, topology: Topology) -> Iterator[Changed]:
-    for change in (_half_weights, _row_wise_optimizer, _caching, _smaller_width):
+    for change in (_half_weights, _row_wise_optimizer, _caching, _smaller_width, _smaller_batch):
         found = change(config, topology)
         if found is not None:
             yield found
@@ -117,6 +117,14 @@ def _caching(config: RunConfig, topology: Topology) -> Changed | None:
     sharding = replace(config.sharding, kernels=("fused", "fused_uvm_caching"))
     options = "--sharding.kernels fused fused_uvm_caching"
     return "tables in host memory behind a cache", options, replace(config, sharding=sharding)
+
+
+def _smaller_batch(config: RunConfig, topology: Topology) -> Changed | None:
+    size, readers = config.data.batch_size // 2, config.data.num_readers
+    if config.data.batch_size % 2 or size < topology.world_size or size % readers:
+        return None
+    data = replace(config.data, batch_size=size)
+    return f"global batches of {size:,}", f"--data.batch-size {size}", replace(config, data=data)
 
 
 def _smaller_width(config: RunConfig, topology: Topology) -> Changed | None:

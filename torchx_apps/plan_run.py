@@ -136,14 +136,13 @@ def _load(
         * _FORWARD_AND_BACKWARD
         * sum(count * {"tower": items, "over_arch": shown}.get(name, events) for name, count in parameters.items())
     )
-    if retrieval:
-        flops += 2 * _FORWARD_AND_BACKWARD * float(events) * candidates * width
     sparse = retrieval and config.model.attention == "sparse"
     history = extractors.max_events(config) if retrieval else config.data.max_history
     return StepLoad(
         ids=ids,
         dense_parameters=sum(parameters.values()),
         dense_flops=float(flops),
+        objective_flops=2.0 * _FORWARD_AND_BACKWARD * events * candidates * width if retrieval else 0.0,
         attention_flops=attention_flops(size, width, events, history, sparse=sparse),
         activation_bytes=_activation_bytes(config, facts, size, width, events=events, items=items),
     )

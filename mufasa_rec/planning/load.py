@@ -13,8 +13,9 @@ class StepLoad:
     Attributes:
         ids: Ids that are looked up, by feature.
         dense_parameters: Numbers in the data-parallel weights.
-        dense_flops: Floating-point operations of the data-parallel part, forward and backward, attention left out.
+        dense_flops: Floating-point operations of the layers of the data-parallel part, forward and backward.
         attention_flops: Those of attention.
+        objective_flops: Those of the scores of a retriever's candidates.
         activation_bytes: Most memory that a step takes beside weights, gradients and optimizer state.
     """
 
@@ -22,6 +23,7 @@ class StepLoad:
     dense_parameters: int = 0
     dense_flops: float = 0.0
     attention_flops: float = 0.0
+    objective_flops: float = 0.0
     activation_bytes: int = 0
 
     @property

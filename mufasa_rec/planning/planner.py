@@ -19,7 +19,7 @@ from torchrec.modules.embedding_configs import EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingCollection
 
 from mufasa_rec.distributed import sharding
-from mufasa_rec.distributed.sharding_config import ShardingConfig
+from mufasa_rec.distributed.sharding_config import Kernel, ShardingConfig
 from mufasa_rec.distributed.table_config import BYTES, TableOptimizerConfig, TablesConfig
 from mufasa_rec.planning import times
 from mufasa_rec.planning.load import StepLoad
@@ -98,7 +98,8 @@ def plan_model(model: nn.Module, topology: Topology, rules: TableRules, load: St
     plan, options = _choose(model, topology, rules, load, reserved)
     placed = plan is not None
     if plan is None:
-        plan, options = _choose(model, topology, rules, load, 0, _SCALE)
+        roomiest = replace(rules, sharding=_roomiest(rules.sharding))
+        plan, options = _choose(model, topology, roomiest, load, 0, _SCALE)
         assert plan is not None
     ranks = _ranks(topology, rules, load, options, tables, fixed)
     report = _report(topology, rules, load, options, tables, ranks, placed)
@@ -129,6 +130,18 @@ def _choose(
     except PlannerError:
         return None, []
     return plan, choice.options
+
+
+def _roomiest(config: ShardingConfig) -> ShardingConfig:
+    """The same where each table takes the least of the device's memory that it may."""
+    order: tuple[Kernel, ...] = ("key_value", "fused_uvm", "fused_uvm_caching", "fused")
+
+    def least(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
+        return (next(kernel for kernel in order if kernel in kernels),)
+
+    tables = {name: replace(own, kernels=least(config.kernels_of(name))) for name, own in config.tables.items()}
+    kernels = least(config.kernels)
+    return replace(config, kernels=kernels, tables=tables, prefetch=config.prefetch and "fused_uvm_caching" in kernels)
 
 
 def _fixed_parts(topology: Topology, load: StepLoad) -> dict[str, int]:
@@ -230,7 +243,8 @@ def _report(
     needs = {kind: max(getattr(rank, f"{kind}_bytes") for rank in ranks) for kind in capacity}
     over = {kind: needs[kind] - room for kind, room in capacity.items() if needs[kind] > room}
     parts = times.step_parts(topology, rules.frozen, load, options, tables, rules.sharding)
-    longest = max((name for name in parts if name != times.HIDDEN), key=lambda name: parts[name])
+    step = times.step_time(parts)
+    longest = max(parts, key=lambda name: parts[name] * (name != times.HIDDEN or step == parts[name]))
     return PlanReport(
         topology=topology,
         fits=placed and not over,
@@ -238,7 +252,7 @@ def _report(
         tables=tuple(_table_plan(option, tables[option.name], rules) for option in options),
         ranks=ranks,
         capacity=capacity,
-        step_time_ms=sum(ms for name, ms in parts.items() if name != times.HIDDEN),
+        step_time_ms=step,
         step_parts=parts,
         bottleneck=longest,
         assumptions=ASSUMPTIONS.format(efficiency=times.EFFICIENCY),

@@ -98,7 +98,7 @@ class PlanReport:
         ranks: Memory of each rank.
         capacity: Bytes that a rank may use: ``hbm``, ``ddr``, ``ssd``.
         step_time_ms: Estimated time of a step.
-        step_parts: Its parts, in milliseconds; all but the hidden one add up to it.
+        step_parts: Its parts, in milliseconds; all but the hidden one add up to it, unless that is longer.
         bottleneck: The longest part.
         remedies: Changes that were planned again, when it does not fit.
         document: The plan for a file, with which `train` runs; empty when it does not fit.
@@ -206,8 +206,8 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return [
         "  ".join(
-            cell.rjust(width) if cell[:1].isdigit() or cell[:1] == "-" else cell.ljust(width)
-            for cell, width in zip(row, widths)
+            cell.rjust(width) if column and (cell[:1].isdigit() or cell[:1] == "-") else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths))
         ).rstrip()
         for row in rows
     ]

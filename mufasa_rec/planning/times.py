@@ -14,6 +14,7 @@ from mufasa_rec.planning.topology import Topology
 
 EFFICIENCY = 0.35  # of the peak that a step's matrix products are taken to reach
 HIDDEN = "ids' exchange (hidden)"
+_ID_BYTES = 8
 
 
 def step_parts(
@@ -45,7 +46,7 @@ def step_parts(
             by_rank["lookup"][rank] += perf.fwd_compute
             by_rank["all-to-all"][rank] += perf.fwd_comms
             by_rank["cache"][rank] += perf.prefetch_compute
-            by_rank[HIDDEN][rank] += perf.input_dist_comms
+            by_rank[HIDDEN][rank] += _ids_ms(option, load, tables[option.name].feature_names[0], topology, config)
             if learns:
                 by_rank["all-to-all"][rank] += perf.bwd_comms
                 by_rank["update"][rank] += perf.bwd_compute
@@ -54,10 +55,27 @@ def step_parts(
     return {
         **found,
         "dense": _compute_ms(load.dense_flops, topology),
+        "objective": _compute_ms(load.objective_flops, topology),
         "attention": _compute_ms(load.attention_flops, topology),
         "gradient all-reduce": _all_reduce_ms(4 * load.dense_parameters, topology),
         **_sync(topology, options, config),
     }
+
+
+def step_time(parts: Mapping[str, float]) -> float:
+    """A step's time: its parts one after the other, or the hidden one when that takes longer than all of them."""
+    return max(sum(ms for name, ms in parts.items() if name != HIDDEN), parts[HIDDEN])
+
+
+def _ids_ms(option: ShardingOption, load: StepLoad, feature: str, topology: Topology, config: ShardingConfig) -> float:
+    """The exchange of a table's ids: a row-wise shard gets its part of every rank's, another shard all of them.
+
+    TorchRec's own estimate takes all of them for a row-wise shard too.
+    """
+    group = config.group_size or topology.world_size
+    asked = load.ids.get(feature, 1) * (1 if option.sharding_type == "row_wise" else group)
+    bandwidth = topology.intra_node_gb_s if group <= topology.ranks_per_node else topology.inter_node_gb_s
+    return _ID_BYTES * asked / (bandwidth * 1e9) * 1e3
 
 
 def _compute_ms(flops: float, topology: Topology) -> float:
