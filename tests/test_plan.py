@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from mufasa_rec.config import RunConfig, save_config
+from mufasa_rec.config import RunConfig, load_config, save_config
 from mufasa_rec.data.schema import DATASET_FILE
 from mufasa_rec.distributed.collectives import RankExchange
 from mufasa_rec.distributed.env import DistributedEnv
-from mufasa_rec.distributed.sharding import ShardingConfig
+from mufasa_rec.distributed.sharding_config import ShardingConfig, TableSharding
+from mufasa_rec.distributed.table_config import TablesConfig, TableSettings
 from mufasa_rec.distributed.table_rows import local_shards
 from mufasa_rec.planning.topology import Topology
 from mufasa_rec.presets import PRESETS, preset
@@ -163,3 +164,25 @@ def test_plan_of_another_world_model_or_device_is_refused(saved: tuple[RunConfig
     assert "device_type cuda, this run has cpu" in run_ranks(refused, 2, config)[0]
     file.write_text("{}")
     assert "damaged" in run_ranks(refused, 2, config)[0]
+
+
+def test_settings_of_tables_come_back_from_a_file_and_from_the_command_line(tmp_path: Path) -> None:
+    config = RunConfig(
+        tables=TablesConfig(weight_dtype="fp16", each={"item.brand": TableSettings(frozen=True, learning_rate=0.1)}),
+        sharding=ShardingConfig(
+            types=("row_wise", "column_wise"), tables={"content.title": TableSharding(kernels=("fused_uvm",))}
+        ),
+    )
+    save_config(config, tmp_path)
+    assert load_config(str(tmp_path / "config.yaml")) == config
+    argv = [
+        "--config",
+        str(tmp_path / "config.yaml"),
+        "--tables.weight-dtype",
+        "bf16",
+        "--sharding.kernels",
+        "fused_uvm",
+    ]
+    _, parsed = command_line.parse(command_line.parser("plan", None), argv, lambda _: None)
+    assert parsed.tables == replace(config.tables, weight_dtype="bf16")
+    assert parsed.sharding == replace(config.sharding, kernels=("fused_uvm",))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -100,12 +100,10 @@ def make_plan(
     world = dist.get_world_size()
     config.refuse_on(device.type, world)
     group = config.group_size or world
-    configs = [table for collection in _collections(model) for table in collection.embedding_configs()]
-    config.refuse_unknown(table.feature_names[0] for table in configs)
     hbm = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     topology = planner_topology(group, min(local, group), device.type, {"hbm_cap_bytes": hbm})
-    planner = make_planner(topology, configs, config, tables, reserved_share=_RESERVED_SHARE)
+    planner = make_planner(topology, model, config, tables, reserved_share=_RESERVED_SHARE)
     return planner.collective_plan(
         module=model, sharders=sharders(config, device), pg=dist.distributed_c10d._get_default_group()
     )
@@ -113,7 +111,7 @@ def make_plan(
 
 def make_planner(
     topology: Topology,
-    tables: Iterable[EmbeddingConfig],
+    model: nn.Module,
     config: ShardingConfig,
     settings: TablesConfig | None = None,
     *,
@@ -121,21 +119,28 @@ def make_planner(
     reserved_share: float = 0.0,
     stats: list[Any] | None = None,
 ) -> EmbeddingShardingPlanner:
-    """TorchRec's planner for these tables.
+    """TorchRec's planner for a model's tables.
 
     Args:
         topology: The world.
-        tables: All tables of the model.
+        model: The unsharded model, fused optimizers attached.
         config: What may be chosen.
         settings: Precision of the vectors that are looked up.
         ids_per_step: Ids that a rank looks up in a step, by feature.
         reserved_share: Share of the devices' memory that tables may not have.
         stats: Who is told of the plan.
+
+    Raises:
+        ValueError: For settings of a table that there is not, or a type that its optimizer would not be the same in.
     """
-    constraints = {
-        table.name: _constraints(table, config, settings or TablesConfig(), topology.compute_device, ids_per_step or {})
-        for table in tables
-    }
+    tables = [(collection, table) for collection in _collections(model) for table in collection.embedding_configs()]
+    config.refuse_unknown(table.feature_names[0] for _, table in tables)
+    constraints = {}
+    for collection, table in tables:
+        _refuse_parted_rows(collection, table, config)
+        constraints[table.name] = _constraints(
+            table, config, settings or TablesConfig(), topology.compute_device, ids_per_step or {}
+        )
     return EmbeddingShardingPlanner(
         topology=topology,
         batch_size=1,  # a step's ids of a feature are one list
@@ -147,6 +152,17 @@ def make_planner(
         stats=stats or [],
         debug=False,
     )
+
+
+def _refuse_parted_rows(collection: EmbeddingCollection, table: EmbeddingConfig, config: ShardingConfig) -> None:
+    """Refuse parts of rows under an optimizer that has one number per row: each part would have its own."""
+    name = table.feature_names[0]
+    classes = getattr(collection.embeddings[table.name].weight, "_optimizer_classes", ())
+    if RowWiseAdagrad in classes and "column_wise" in config.types_of(name, ""):
+        raise ValueError(
+            f"sharding.types: 'column_wise' may cut table {name!r}, whose optimizer row_wise_adagrad keeps one number "
+            "per row, and each part would keep its own; choose 'adagrad' for it, or leave its rows whole."
+        )
 
 
 def _constraints(

@@ -70,6 +70,17 @@ class TableSettings:
     learning_rate: float | None = None
     frozen: bool = False
 
+    def __post_init__(self) -> None:
+        if self.learning_rate is not None and self.learning_rate <= 0:
+            raise ValueError(
+                f"tables.each[...].learning_rate={self.learning_rate}: choose above 0; a table that does not learn has "
+                "frozen: true."
+            )
+        if self.optimizer not in (None, *get_args(OptimizerName)):
+            raise ValueError(
+                f"tables.each[...].optimizer={self.optimizer!r}: choose one of {', '.join(get_args(OptimizerName))}."
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class TablesConfig:
@@ -93,16 +104,6 @@ class TablesConfig:
                     raise ValueError(
                         f"{name}.{dtype}={getattr(table, dtype)!r}: choose one of {', '.join(get_args(Precision))}."
                     )
-        for name, table in self.each.items():
-            if table.learning_rate is not None and table.learning_rate <= 0:
-                raise ValueError(
-                    f"tables.each[{name!r}].learning_rate={table.learning_rate}: choose above 0, or frozen: true."
-                )
-            if table.optimizer not in (None, *get_args(OptimizerName)):
-                raise ValueError(
-                    f"tables.each[{name!r}].optimizer={table.optimizer!r}: choose one of "
-                    f"{', '.join(get_args(OptimizerName))}."
-                )
 
     def weight_dtype_of(self, table: str) -> Precision:
         """Precision of a table's weights."""

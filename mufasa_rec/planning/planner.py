@@ -92,7 +92,6 @@ def plan_model(model: nn.Module, topology: Topology, rules: TableRules, load: St
         if isinstance(module, EmbeddingCollection)
         for table in module.embedding_configs()
     }
-    rules.sharding.refuse_unknown(table.feature_names[0] for table in tables.values())
     fixed = _fixed_parts(topology, load)
     reserved = sum(fixed.values()) + topology.memory_bytes - _usable(topology)
     plan, options = _choose(model, topology, rules, load, reserved)
@@ -115,10 +114,9 @@ def _choose(
 ) -> tuple[ShardingPlan | None, list[ShardingOption]]:
     """The planner's choice; None when there is no room."""
     choice = _Choice()
-    tables = [t for m in model.modules() if isinstance(m, EmbeddingCollection) for t in m.embedding_configs()]
     planner = sharding.make_planner(
         topology.planner(group_size=rules.sharding.group_size, reserved_bytes=reserved, scale=scale),
-        tables,
+        model,
         rules.sharding,
         rules.tables,
         ids_per_step=load.ids,
