@@ -24,7 +24,7 @@ from mufasa_rec.data import paths
 from mufasa_rec.data.batch import Batch
 from mufasa_rec.distributed.collectives import RankExchange
 from mufasa_rec.distributed.env import DistributedEnv, distributed
-from mufasa_rec.distributed.sharding import describe
+from mufasa_rec.planning.start_table import plan_lines
 from mufasa_rec.training.checkpoint_manifest import Manifest
 from mufasa_rec.training.optim import TrainOptimizer
 from mufasa_rec.training.saver import Saver
@@ -92,12 +92,23 @@ def train(config: RunConfig, folder: Path, env: DistributedEnv, watch: Callable[
         ValueError: When the folder holds another run, or the config does not fit the data set.
         Preempted: When the run was asked to stop and has been saved.
     """
-    config.optimizer.tables.refuse_on(env.device)
+    refuse_on(config, env)
     exchange = RankExchange()
     config, continues = run_folder.claim(folder, config, exchange)
     run_folder.refuse_unwritable(config.checkpoint.location(str(folder)), exchange)
     with run_folder.held(folder, exchange, patience_s=config.checkpoint.grace_s + 5.0):
         return _train(config, folder, continues, exchange, env, watch)
+
+
+def refuse_on(config: RunConfig, env: DistributedEnv) -> None:
+    """Refuse what this world's devices cannot do, before anything is written.
+
+    Raises:
+        ValueError: Names the field and what to choose instead.
+    """
+    config.optimizer.tables.refuse_on(env.device.type)
+    config.tables.refuse_on(env.device.type)
+    config.sharding.refuse_on(env.device.type, env.world_size)
 
 
 def _train(
@@ -125,7 +136,7 @@ def _train(
     dense = {name: p for name, p in in_backward_optimizer_filter(model.named_parameters()) if p.requires_grad}
     slow = fusion_tuning.slow_parameters(dense)
     optimizer = TrainOptimizer(dense, model.fused_optimizer, config.optimizer, steps, slow=slow)
-    about = run_folder.describe_run(config, data, describe(model.plan))  # type: ignore[arg-type]
+    about = run_folder.describe_run(config, data, plan_lines(model.plan))  # type: ignore[arg-type]
     saver = Saver(config.checkpoint.location(str(folder)), config.checkpoint, about)
     newest = _newest(saver, data, continues)
     if newest is None:
