@@ -12,6 +12,11 @@ from typing import Any, Dict, List, Optional
 
 import torchx.specs as specs
 
+try:
+    from torchx.specs.finder import ComponentValidationException as Shown
+except ImportError:  # a TorchX that has renamed it shows a traceback above the message
+    Shown = Exception
+
 # What NCCL is told about the network between nodes. Each names its transport: where that is missing the job fails at
 # once, instead of going on by the slow way. `--env` adds to it and wins.
 NETWORKS: Dict[str, Dict[str, str]] = {
@@ -21,6 +26,10 @@ NETWORKS: Dict[str, Dict[str, str]] = {
     "roce": {"NCCL_NET": "IB", "NCCL_IB_HCA": "mlx5", "NCCL_IB_ROCE_VERSION_NUM": "2"},
     "efa": {"NCCL_NET": "AWS Libfabric", "FI_PROVIDER": "efa", "FI_EFA_FORK_SAFE": "1"},
 }
+
+
+class WrongArgumentError(ValueError, Shown):  # pyrefly: ignore[invalid-inheritance]
+    """An argument was refused; `torchx run` shows the message without a traceback."""
 
 
 def export(
@@ -111,13 +120,15 @@ def _torchrun(python: str, nodes: str, processes: int, rdzv_port: int, max_resta
 def _nodes_and_processes(j: str) -> List[int]:
     parts = j.split("x")
     if len(parts) != 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise ValueError(f"j is {j!r}: give nodes x processes per node, such as 1x2")
+        raise WrongArgumentError(f"j is {j!r}: give nodes x processes per node, such as 1x2")
     return [int(part) for part in parts]
 
 
 def _checked_name(name: str) -> str:
     if not 0 < len(name) <= 30:
-        raise ValueError(f"name is {name!r}, {len(name)} characters: schedulers take 1 to 30; give a shorter --name")
+        raise WrongArgumentError(
+            f"name is {name!r}, {len(name)} characters: schedulers take 1 to 30; give a shorter --name"
+        )
     return name
 
 
@@ -137,5 +148,5 @@ def _for_schedulers(
 
 def _network(name: str) -> Dict[str, str]:
     if name not in NETWORKS:
-        raise ValueError(f"network is {name!r}: choose one of {', '.join(NETWORKS)}")
+        raise WrongArgumentError(f"network is {name!r}: choose one of {', '.join(NETWORKS)}")
     return NETWORKS[name]

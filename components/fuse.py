@@ -12,6 +12,11 @@ from typing import Any, Dict, List, Optional, Tuple
 
 import torchx.specs as specs
 
+try:
+    from torchx.specs.finder import ComponentValidationException as Shown
+except ImportError:  # a TorchX that has renamed it shows a traceback above the message
+    Shown = Exception
+
 # What NCCL is told about the network between nodes. Each names its transport: where that is missing the job fails at
 # once, instead of going on by the slow way. `--env` adds to it and wins.
 NETWORKS: Dict[str, Dict[str, str]] = {
@@ -21,6 +26,10 @@ NETWORKS: Dict[str, Dict[str, str]] = {
     "roce": {"NCCL_NET": "IB", "NCCL_IB_HCA": "mlx5", "NCCL_IB_ROCE_VERSION_NUM": "2"},
     "efa": {"NCCL_NET": "AWS Libfabric", "FI_PROVIDER": "efa", "FI_EFA_FORK_SAFE": "1"},
 }
+
+
+class WrongArgumentError(ValueError, Shown):  # pyrefly: ignore[invalid-inheritance]
+    """An argument was refused; `torchx run` shows the message without a traceback."""
 
 
 def fuse(
@@ -114,16 +123,16 @@ def _elastic_shape(j: str, max_restarts: int) -> Tuple[Optional[int], int, int]:
     nodes, _, processes = j.partition("x")
     parts = [*nodes.split(":"), processes]
     if len(parts) > 3 or not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise ValueError(
+        raise WrongArgumentError(
             f"j is {j!r}: give nodes x processes per node, such as 1x2, or least:most nodes, such as 1:2x4"
         )
     least, most = int(parts[0]), int(parts[-2])
     if least > most:
-        raise ValueError(
+        raise WrongArgumentError(
             f"j is {j!r}: the least number of nodes is above the most; give it as {most}:{least}x{processes}"
         )
     if least < most and max_restarts < 1:
-        raise ValueError(
+        raise WrongArgumentError(
             f"j is {j!r} and max_restarts is {max_restarts}: an elastic job restarts in place; give 1 or more"
         )
     return (least if least < most else None), most, int(processes)
@@ -151,7 +160,9 @@ def _torchrun(python: str, nodes: str, processes: int, rdzv_port: int, max_resta
 
 def _checked_name(name: str) -> str:
     if not 0 < len(name) <= 30:
-        raise ValueError(f"name is {name!r}, {len(name)} characters: schedulers take 1 to 30; give a shorter --name")
+        raise WrongArgumentError(
+            f"name is {name!r}, {len(name)} characters: schedulers take 1 to 30; give a shorter --name"
+        )
     return name
 
 
@@ -171,5 +182,5 @@ def _for_schedulers(
 
 def _network(name: str) -> Dict[str, str]:
     if name not in NETWORKS:
-        raise ValueError(f"network is {name!r}: choose one of {', '.join(NETWORKS)}")
+        raise WrongArgumentError(f"network is {name!r}: choose one of {', '.join(NETWORKS)}")
     return NETWORKS[name]

@@ -1,12 +1,10 @@
-"""The chain: what each step is told, what is done again and what is not, and one real run of all steps."""
+"""The chain: what each step is told, what is done again and what is not; tests/schedulers/test_chain_run.py runs it."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -14,8 +12,6 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.datasets import write_source
-from tests.test_components import torchx_run
 from torchx_apps import chain
 from torchx_apps.chain_steps import PLACES, STEPS, ChainOptions, arguments_of, parse, refuse_wrong
 
@@ -171,24 +167,3 @@ def test_signal_reaches_the_step_and_no_other_one_begins(tmp_path: Path, monkeyp
         restore_signals()
     assert (tmp_path / "saved").exists()
     assert (tmp_path / "begun").read_text() == f"1234 {os.getpid()}"
-
-
-@pytest.mark.slow
-def test_whole_chain_runs_as_one_job_of_two_processes(tmp_path: Path) -> None:
-    source = write_source(tmp_path / "source")
-    told = ["--input", str(source), "--run", str(tmp_path / "run"), "--preset", "demo"]
-    told += ["prepare:", "--columns.item-categoricals", "genres", "fuse:", "--trainer.epochs", "1", "--report", "False"]
-    told += ["train:", "--trainer.max-steps", "2", "--model.width", "16", "export:", "--tables", "item"]
-    options = ("-cfg", f"log_dir={tmp_path / 'logs'}", "components/chain.py:chain", "-j", "1x2", "--", *told)
-    ran = torchx_run(*options)
-    assert ran.returncode == 0, ran.stderr
-    for step, (folder, file) in PLACES.items():
-        assert (tmp_path / "run" / folder / file).exists(), step
-        assert f"step {step} done in" in ran.stderr
-    rows = json.loads((tmp_path / "run" / "evaluation" / "summary.json").read_text())
-    assert {"model", "popularity"} <= {row["row"] for row in rows}
-    assert json.loads((tmp_path / "run" / "dataset" / "dataset.json").read_text())["content"].keys() >= {"fused"}
-    program = [sys.executable, "-m", "torchx_apps.chain", *told]  # by hand, without torchrun
-    again = subprocess.run(program, capture_output=True, text=True, timeout=120)
-    assert again.returncode == 0, again.stderr
-    assert again.stderr.count("is done already") == len(STEPS)

@@ -125,6 +125,13 @@ def test_wrong_shape_of_the_job_is_named(component: str, j: str) -> None:
         make_app(component, j=j)
 
 
+def test_refused_argument_is_shown_without_a_traceback() -> None:
+    ran = torchx_run("components/train.py:train", "-j", "2")
+    assert ran.returncode == 1
+    assert "j is '2': give nodes x processes per node, such as 1x2, or least:most" in ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
 def test_elastic_job_asks_for_the_least_and_takes_the_most_nodes() -> None:
     (role,) = make_app("train", j="2:4x8", max_restarts=3).roles
     assert (role.min_replicas, role.num_replicas) == (2, 4)

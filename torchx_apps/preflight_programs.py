@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from mufasa_rec.config import CONFIG_FILE, RunConfig, load_config
 from mufasa_rec.data import paths
@@ -22,6 +21,7 @@ from mufasa_rec.training.checkpoint import find_checkpoint
 from mufasa_rec.training.saver import CheckpointConfig
 from torchx_apps import chain_steps, evaluate, export, fuse, prepare, run_folder, train
 from torchx_apps.preflight_findings import Findings
+from torchx_apps.preflight_plan import check_plan
 
 Check = Callable[[list[str], Findings], None]
 PREPARED = "give the folder that `prepare` wrote"
@@ -34,15 +34,23 @@ def check_train(arguments: list[str], findings: Findings) -> None:
         return
     folder, config = train.parse(arguments, saved)
     machines = findings.machines
+    known = len(findings.problems)
     with findings.guard():
-        config.optimizer.tables.refuse_on(torch.device("cuda" if machines.gpus else "cpu"))
+        config.optimizer.tables.refuse_on("cuda" if machines.gpus else "cpu")
+    possible = len(findings.problems) == known
     with findings.guard():
         readers_of(0, machines.world_size, config.data.num_readers)
     _check_run(str(folder), config.checkpoint, findings)
     manifest = check_dataset("data.dataset", config.data.dataset, config.data.split, findings)
-    if manifest is not None and config.uses_content:
+    if manifest is None:
+        findings.unseen.append("plan of the tables: needs the data set")
+        return
+    if config.uses_content:
         with findings.guard():
             _check_content(config.data.dataset, manifest, config.data.modalities)
+    if possible:
+        with findings.guard("plan of the tables: "):
+            check_plan(config, manifest, findings)
 
 
 def check_fuse(arguments: list[str], findings: Findings) -> None:

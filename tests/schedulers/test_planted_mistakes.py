@@ -9,6 +9,7 @@ import contextlib
 import io
 import logging
 import os
+import re
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,9 +24,11 @@ from mufasa_rec.launch import preflight
 from mufasa_rec.launch.refusal import LaunchRefusedError
 from mufasa_rec.launch.resources import h100x8
 from mufasa_rec.launch.schedulers import kubernetes, slurm
+from tests.helpers import object_store  # noqa: F401  knows bucket://
 from tests.helpers.installed import torchx
 from tests.helpers.kubernetes.api import StandIn
 from torchx_apps import preflight as program_check
+from torchx_apps.preflight_findings import Findings, Machines
 
 
 @pytest.fixture
@@ -144,6 +147,30 @@ def test_mistake_is_refused_before_the_cluster_is_asked(
     mounts = ["type=bind", "src=/data", "dst=/in", "readonly", "type=volume", "src=runs", "dst=/out"]
     with pytest.raises(LaunchRefusedError, match=message):
         to_kubernetes(job("/in/shop", "--run", "/out/run", *arguments, mounts=mounts, **options), **cfg)
+
+
+@pytest.mark.usefixtures("in_this_process")
+@pytest.mark.parametrize("scheduler", ["slurm", "kubernetes"])
+def test_plan_that_does_not_fit_is_refused_with_what_would_help(
+    scheduler: str, sbatch: Path, stand_in: StandIn, dataset: str
+) -> None:
+    stand_in.forbidden = {"create_volcano_job"}
+    submit, where = (to_slurm, dataset) if scheduler == "slurm" else (to_kubernetes, f"bucket://{dataset}")
+    wide = ("--data.batch-size", "16384", "--model.width", "4096")
+    with pytest.raises(LaunchRefusedError) as refused:
+        submit(job(where, "--run", "run", *wide, gpus=True))
+    found = re.search(r"plan of the tables on 1x2xH100: does not fit: (.*)", str(refused.value))
+    assert found
+    assert re.search("the fullest rank needs .* of device memory and has 73.5 GiB", found[1])
+    assert "It fits with 16 ranks instead of 2: -j 2x8" in found[1]
+    assert not sbatch.exists()
+
+
+def test_plan_of_machines_that_nobody_has_described_is_not_guessed(dataset: str) -> None:
+    findings = Findings(Machines(nodes=1, processes=2, gpus=2))
+    program_check.check("torchx_apps.train", ["--data.dataset", dataset, "--run", "/tmp/run"], findings)
+    assert findings.problems == []
+    assert any("the make of the GPUs is not known; ask for a machine by its name" in one for one in findings.unseen)
 
 
 def test_dash_in_the_name_of_the_role_is_refused_before_the_cluster_is_asked(stand_in: StandIn) -> None:
