@@ -36,7 +36,6 @@ from mufasa_rec.training.preemption import EXIT_CODE, SIGNALS
 from torchx_apps import run_folder
 from torchx_apps.chain_steps import (
     RECORD_FILE,
-    STEPS,
     ChainOptions,
     arguments_of,
     has_content,
@@ -169,7 +168,7 @@ class Lead:
         if step == "export" and known:  # an export is written once; this one is the chain's own
             paths.remove_folder(options.folder(step))
         self._write(step, {"arguments": arguments})
-        logger.info("step %s, %d of %d", step, STEPS.index(step) + 1, len(STEPS))
+        logger.info("step %s, %d of %d", step, options.steps.index(step) + 1, len(options.steps))
         return arguments
 
     def done(self, step: str, arguments: list[str], seconds: float) -> None:
