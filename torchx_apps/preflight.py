@@ -33,8 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     machines, program = parse(argv)
     findings = Findings(machines)
     check(program[0], program[1:], findings)
-    for line in (*lines("checked", findings.checked), *lines("not checked", findings.unseen)):
-        print(line)
+    said = {"checked": findings.checked, "later": findings.later, "not checked": findings.unseen}
+    for title, texts in said.items():
+        print(*lines(title, texts), sep="\n", end="\n" * bool(texts))
     for problem in dict.fromkeys(findings.problems):
         print(problem, file=sys.stderr)
     return 1 if findings.problems else 0

@@ -53,6 +53,7 @@ class Findings:
         problems: What would make the job fail, with the remedy.
         checked: What was looked at.
         unseen: What cannot be seen from here.
+        later: What is not there yet: a step of the same job writes it.
     """
 
     machines: Machines
@@ -60,6 +61,11 @@ class Findings:
     problems: list[str] = field(default_factory=list)
     checked: list[str] = field(default_factory=list)
     unseen: list[str] = field(default_factory=list)
+    later: list[str] = field(default_factory=list)
+
+    def is_coming(self, url: str) -> bool:
+        """Whether an earlier step of the same job writes a file or folder."""
+        return any(url == folder or url.startswith(f"{folder.rstrip('/')}/") for folder in self.coming)
 
     @contextmanager
     def guard(self, before: str = "") -> Iterator[None]:
@@ -77,8 +83,8 @@ class Findings:
             url: Path or URL.
             remedy: What to do when there is nothing.
         """
-        if any(url == folder or url.startswith(f"{folder.rstrip('/')}/") for folder in self.coming):
-            self.unseen.append(f"{name} {url}: a step before writes it")
+        if self.is_coming(url):
+            self.later.append(f"{name} {url}: a step before writes it")
         elif paths.is_remote(url):
             return self._reachable(name, url, remedy)
         elif self.machines.elsewhere:

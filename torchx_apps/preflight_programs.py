@@ -43,7 +43,8 @@ def check_train(arguments: list[str], findings: Findings) -> None:
     _check_run(str(folder), config.checkpoint, findings)
     manifest = check_dataset("data.dataset", config.data.dataset, config.data.split, findings)
     if manifest is None:
-        findings.unseen.append("plan of the tables: needs the data set")
+        missing = findings.later if findings.is_coming(config.data.dataset) else findings.unseen
+        missing.append("plan of the tables: needs the data set")
         return
     if config.uses_content:
         with findings.guard():
