@@ -90,7 +90,7 @@ def parse(
         parser.print_help()
         print()
         rest = ["--help"]
-    file = saved(options.run)
+    file = saved(str(run_folder.local_folder(options.run))) if options.run else None
     if options.items and not file:
         raise ValueError(f"--run {options.run}: holds no trained run; --items needs one.")
     named = options.preset or options.config

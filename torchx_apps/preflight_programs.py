@@ -39,7 +39,7 @@ def check_train(arguments: list[str], findings: Findings) -> None:
         config.optimizer.tables.refuse_on("cuda" if machines.gpus else "cpu")
     possible = len(findings.problems) == known
     with findings.guard():
-        readers_of(0, machines.world_size, config.data.num_readers)
+        readers_of(0, max(machines.world_size, 1), config.data.num_readers)
     _check_run(str(folder), config.checkpoint, findings)
     manifest = check_dataset("data.dataset", config.data.dataset, config.data.split, findings)
     if manifest is None:

@@ -70,7 +70,11 @@ def parse(
     Raises:
         ValueError: For a field or value that is refused, or a run folder that is missing or a URL.
     """
-    options, config = command_line.parse(make_parser(), argv, lambda given: saved(given.run))
+
+    def saved_of(given: argparse.Namespace) -> str | None:
+        return saved(str(run_folder.local_folder(given.run))) if given.run else None
+
+    options, config = command_line.parse(make_parser(), argv, saved_of)
     if not options.run:
         raise ValueError("--run: missing; give a folder for this run's configuration, logs and checkpoints.")
     return run_folder.local_folder(options.run), config
