@@ -87,6 +87,23 @@ def test_failed_step_ends_the_chain_which_goes_on_with_it(options: ChainOptions)
     assert list(run(options)) == ["train", "evaluate", "export"]
 
 
+def test_process_whose_step_has_failed_does_not_wait_for_its_peers(options: ChainOptions) -> None:
+    class Peers(OneProcess):
+        asked = 0
+
+        def objects(self, value: Any) -> list[Any]:
+            self.asked += 1
+            return [value]
+
+    peers = Peers()
+    try:
+        with pytest.raises(SystemExit, match="step prepare failed"):
+            chain.run_chain(options, Programs(Path(options.run), fails="prepare"), peers)  # pyrefly: ignore
+    finally:
+        restore_signals()
+    assert peers.asked == 1  # what to do
+
+
 def test_step_with_other_arguments_and_those_behind_it_are_done_again(options: ChainOptions, tmp_path: Path) -> None:
     run(options)
     (tmp_path / "tables" / "old").touch()

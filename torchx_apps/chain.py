@@ -58,13 +58,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         "gloo", timeout=TIMEOUT, store=dist.HashStore() if alone else None,
         rank=0 if alone else -1, world_size=1 if alone else -1,
     )  # fmt: skip
+    runner = StepRunner()
     try:
         options = parse(sys.argv[1:] if argv is None else argv, __doc__)
         run_folder.local_folder(options.run)
         refuse_wrong(options)
-        run_chain(options, StepRunner(), RankExchange())
+        run_chain(options, runner, RankExchange())
     except (ValueError, OSError) as error:
         raise SystemExit(f"chain: {error}") from error
+    except RuntimeError:  # a peer that was asked to stop has left first
+        if not runner.asked_to_stop:
+            raise
+        raise SystemExit(EXIT_CODE) from None
     finally:
         shutdown()
 
@@ -88,11 +93,11 @@ def run_chain(options: ChainOptions, runner: StepRunner, exchange: RankExchange)
             continue
         begin = time.monotonic()
         code = runner.run(step, command, port)
-        failed = [one for one in exchange.objects(code) if one]
         if runner.asked_to_stop:
             raise SystemExit(EXIT_CODE)
-        if failed:
-            raise SystemExit(f"chain: step {step} failed (exit code {failed[0]}); what it said stands above")
+        if code:  # at once: the others may wait for the program that is gone, and torchrun ends them
+            raise SystemExit(f"chain: step {step} failed (exit code {code}); what it said stands above")
+        exchange.objects(None)  # all have ended well
         if lead:
             lead.done(step, command, time.monotonic() - begin)
 
