@@ -8,9 +8,28 @@ Copy it to change how the job starts.
 
 import shlex
 import sys
-from typing import Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torchx.specs as specs
+
+try:
+    from torchx.specs.finder import ComponentValidationException as Shown
+except ImportError:  # a TorchX that has renamed it shows a traceback above the message
+    Shown = Exception
+
+# What NCCL is told about the network between nodes. Each names its transport: where that is missing the job fails at
+# once, instead of going on by the slow way. `--env` adds to it and wins.
+NETWORKS: Dict[str, Dict[str, str]] = {
+    "none": {},
+    "tcp": {"NCCL_NET": "Socket", "NCCL_IB_DISABLE": "1"},
+    "ib": {"NCCL_NET": "IB", "NCCL_IB_HCA": "mlx5"},
+    "roce": {"NCCL_NET": "IB", "NCCL_IB_HCA": "mlx5", "NCCL_IB_ROCE_VERSION_NUM": "2"},
+    "efa": {"NCCL_NET": "AWS Libfabric", "FI_PROVIDER": "efa", "FI_EFA_FORK_SAFE": "1"},
+}
+
+
+class WrongArgumentError(ValueError, Shown):  # pyrefly: ignore[invalid-inheritance]
+    """An argument was refused; `torchx run` shows the message without a traceback."""
 
 
 def fuse(
@@ -26,11 +45,14 @@ def fuse(
     env: Optional[Dict[str, str]] = None,
     mounts: Optional[List[str]] = None,
     ports: Optional[Dict[str, int]] = None,
+    network: str = "none",
+    secrets: Optional[List[str]] = None,
     max_retries: int = 0,
     max_restarts: int = 0,
     grace_s: int = 60,
     rdzv_port: int = 29500,
     threads: int = 1,
+    no_preflight: bool = False,
 ) -> specs.AppDef:
     """Train the fusion layer and encode the catalog: `python -m torchx_apps.fuse` on every process.
 
@@ -44,17 +66,21 @@ def fuse(
         memMB: memory per node in MB
         image: container image, where the scheduler runs containers
         python: Python interpreter on the nodes; `python` where the job runs in a container
-        env: more environment variables, as NAME=value,NAME=value; no secrets, which a job's description would show
+        env: more environment variables, as NAME=value,NAME=value; what is secret goes into --secrets
         mounts: of the container, as type=bind,src=/host,dst=/container,readonly or type=volume,src=name,dst=/path
         ports: more ports of the container, as name=number,name=number
+        network: how the GPUs of several nodes reach each other: none (NCCL finds out), tcp, ib, roce or efa
+        secrets: NAME of a variable of your shell (Slurm); NAME=secret/key, /folder=secret (Kubernetes); never a value
         max_retries: how often the scheduler starts a failed job again; it goes on from the newest checkpoint
         max_restarts: how often torchrun starts lost processes again in place; an elastic job needs at least 1
         grace_s: seconds to save in when the job is told to end; more than the program's own checkpoint.grace_s
         rdzv_port: port of the first node on which several nodes meet; a single node takes any free port
         threads: OMP_NUM_THREADS of each process
+        no_preflight: True starts the job without the checks that slurm and kubernetes make before
     """
     least, most, processes = _elastic_shape(j, max_restarts)
     nodes = str(most) if least is None else f"{least}:{most}"
+    program = ["torchx_apps.fuse", *script_args]
     return specs.AppDef(
         name=_checked_name(name),
         roles=[
@@ -62,14 +88,12 @@ def fuse(
                 name="fuse",
                 image=image,
                 entrypoint="sh",
-                args=[
-                    "-c",
-                    _torchrun(python, nodes, processes, rdzv_port, max_restarts, ["torchx_apps.fuse", *script_args]),
-                ],
+                args=["-c", _torchrun(python, nodes, processes, rdzv_port, max_restarts, program)],
                 env={
                     "OMP_NUM_THREADS": str(threads),
                     "LOGLEVEL": "WARNING",
                     **_ending(max_restarts, grace_s),
+                    **_network(network),
                     **(env or {}),
                 },
                 num_replicas=most,
@@ -79,6 +103,7 @@ def fuse(
                 resource=specs.resource(cpu=cpu, gpu=gpu, memMB=memMB, h=h),
                 port_map={"c10d": rdzv_port, **(ports or {})},
                 mounts=specs.parse_mounts(mounts or []),
+                metadata=_for_schedulers(program, processes, secrets, no_preflight),
             )
         ],
     )
@@ -98,16 +123,16 @@ def _elastic_shape(j: str, max_restarts: int) -> Tuple[Optional[int], int, int]:
     nodes, _, processes = j.partition("x")
     parts = [*nodes.split(":"), processes]
     if len(parts) > 3 or not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise ValueError(
+        raise WrongArgumentError(
             f"j is {j!r}: give nodes x processes per node, such as 1x2, or least:most nodes, such as 1:2x4"
         )
     least, most = int(parts[0]), int(parts[-2])
     if least > most:
-        raise ValueError(
+        raise WrongArgumentError(
             f"j is {j!r}: the least number of nodes is above the most; give it as {most}:{least}x{processes}"
         )
     if least < most and max_restarts < 1:
-        raise ValueError(
+        raise WrongArgumentError(
             f"j is {j!r} and max_restarts is {max_restarts}: an elastic job restarts in place; give 1 or more"
         )
     return (least if least < most else None), most, int(processes)
@@ -135,5 +160,27 @@ def _torchrun(python: str, nodes: str, processes: int, rdzv_port: int, max_resta
 
 def _checked_name(name: str) -> str:
     if not 0 < len(name) <= 30:
-        raise ValueError(f"name is {name!r}, {len(name)} characters: schedulers take 1 to 30; give a shorter --name")
+        raise WrongArgumentError(
+            f"name is {name!r}, {len(name)} characters: schedulers take 1 to 30; give a shorter --name"
+        )
     return name
+
+
+def _for_schedulers(
+    program: List[str], processes: int, secrets: Optional[List[str]], no_preflight: bool
+) -> Dict[str, Dict[str, Any]]:
+    """What the schedulers `slurm` and `kubernetes` of this project read beside the role; all others pass over it."""
+    return {
+        "mufasa_rec": {
+            "program": program,
+            "processes": processes,
+            "secrets": secrets or [],
+            "preflight": "" if no_preflight else "torchx_apps.preflight",
+        }
+    }
+
+
+def _network(name: str) -> Dict[str, str]:
+    if name not in NETWORKS:
+        raise WrongArgumentError(f"network is {name!r}: choose one of {', '.join(NETWORKS)}")
+    return NETWORKS[name]

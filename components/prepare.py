@@ -8,9 +8,28 @@ Copy it to change how the job starts.
 
 import shlex
 import sys
-from typing import Dict, List, Optional
+from typing import Any, Dict, List, Optional
 
 import torchx.specs as specs
+
+try:
+    from torchx.specs.finder import ComponentValidationException as Shown
+except ImportError:  # a TorchX that has renamed it shows a traceback above the message
+    Shown = Exception
+
+# What NCCL is told about the network between nodes. Each names its transport: where that is missing the job fails at
+# once, instead of going on by the slow way. `--env` adds to it and wins.
+NETWORKS: Dict[str, Dict[str, str]] = {
+    "none": {},
+    "tcp": {"NCCL_NET": "Socket", "NCCL_IB_DISABLE": "1"},
+    "ib": {"NCCL_NET": "IB", "NCCL_IB_HCA": "mlx5"},
+    "roce": {"NCCL_NET": "IB", "NCCL_IB_HCA": "mlx5", "NCCL_IB_ROCE_VERSION_NUM": "2"},
+    "efa": {"NCCL_NET": "AWS Libfabric", "FI_PROVIDER": "efa", "FI_EFA_FORK_SAFE": "1"},
+}
+
+
+class WrongArgumentError(ValueError, Shown):  # pyrefly: ignore[invalid-inheritance]
+    """An argument was refused; `torchx run` shows the message without a traceback."""
 
 
 def prepare(
@@ -26,9 +45,12 @@ def prepare(
     env: Optional[Dict[str, str]] = None,
     mounts: Optional[List[str]] = None,
     ports: Optional[Dict[str, int]] = None,
+    network: str = "none",
+    secrets: Optional[List[str]] = None,
     max_retries: int = 0,
     rdzv_port: int = 29500,
     threads: int = 1,
+    no_preflight: bool = False,
 ) -> specs.AppDef:
     """Prepare a data set from raw events and items: `python -m torchx_apps.prepare` on every process.
 
@@ -42,14 +64,18 @@ def prepare(
         memMB: memory per node in MB
         image: container image, where the scheduler runs containers
         python: Python interpreter on the nodes; `python` where the job runs in a container
-        env: more environment variables, as NAME=value,NAME=value; no secrets, which a job's description would show
+        env: more environment variables, as NAME=value,NAME=value; what is secret goes into --secrets
         mounts: of the container, as type=bind,src=/host,dst=/container,readonly or type=volume,src=name,dst=/path
         ports: more ports of the container, as name=number,name=number
+        network: how the GPUs of several nodes reach each other: none (NCCL finds out), tcp, ib, roce or efa
+        secrets: NAME of a variable of your shell (Slurm); NAME=secret/key, /folder=secret (Kubernetes); never a value
         max_retries: how often the scheduler starts a failed job again
         rdzv_port: port of the first node on which several nodes meet; a single node takes any free port
         threads: OMP_NUM_THREADS of each process
+        no_preflight: True starts the job without the checks that slurm and kubernetes make before
     """
     nodes, processes = _nodes_and_processes(j)
+    program = ["torchx_apps.prepare", *script_args]
     return specs.AppDef(
         name=_checked_name(name),
         roles=[
@@ -57,17 +83,15 @@ def prepare(
                 name="prepare",
                 image=image,
                 entrypoint="sh",
-                args=[
-                    "-c",
-                    _torchrun(python, str(nodes), processes, rdzv_port, 0, ["torchx_apps.prepare", *script_args]),
-                ],
-                env={"OMP_NUM_THREADS": str(threads), "LOGLEVEL": "WARNING", **(env or {})},
+                args=["-c", _torchrun(python, str(nodes), processes, rdzv_port, 0, program)],
+                env={"OMP_NUM_THREADS": str(threads), "LOGLEVEL": "WARNING", **_network(network), **(env or {})},
                 num_replicas=nodes,
                 max_retries=max_retries,
                 retry_policy=specs.RetryPolicy.APPLICATION,
                 resource=specs.resource(cpu=cpu, gpu=gpu, memMB=memMB, h=h),
                 port_map={"c10d": rdzv_port, **(ports or {})},
                 mounts=specs.parse_mounts(mounts or []),
+                metadata=_for_schedulers(program, processes, secrets, no_preflight),
             )
         ],
     )
@@ -96,11 +120,33 @@ def _torchrun(python: str, nodes: str, processes: int, rdzv_port: int, max_resta
 def _nodes_and_processes(j: str) -> List[int]:
     parts = j.split("x")
     if len(parts) != 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise ValueError(f"j is {j!r}: give nodes x processes per node, such as 1x2")
+        raise WrongArgumentError(f"j is {j!r}: give nodes x processes per node, such as 1x2")
     return [int(part) for part in parts]
 
 
 def _checked_name(name: str) -> str:
     if not 0 < len(name) <= 30:
-        raise ValueError(f"name is {name!r}, {len(name)} characters: schedulers take 1 to 30; give a shorter --name")
+        raise WrongArgumentError(
+            f"name is {name!r}, {len(name)} characters: schedulers take 1 to 30; give a shorter --name"
+        )
     return name
+
+
+def _for_schedulers(
+    program: List[str], processes: int, secrets: Optional[List[str]], no_preflight: bool
+) -> Dict[str, Dict[str, Any]]:
+    """What the schedulers `slurm` and `kubernetes` of this project read beside the role; all others pass over it."""
+    return {
+        "mufasa_rec": {
+            "program": program,
+            "processes": processes,
+            "secrets": secrets or [],
+            "preflight": "" if no_preflight else "torchx_apps.preflight",
+        }
+    }
+
+
+def _network(name: str) -> Dict[str, str]:
+    if name not in NETWORKS:
+        raise WrongArgumentError(f"network is {name!r}: choose one of {', '.join(NETWORKS)}")
+    return NETWORKS[name]

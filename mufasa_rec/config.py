@@ -16,7 +16,8 @@ import yaml
 
 from mufasa_rec.data import paths
 from mufasa_rec.data.loader import DataConfig
-from mufasa_rec.distributed.sharding import ShardingConfig
+from mufasa_rec.distributed.sharding_config import ShardingConfig
+from mufasa_rec.distributed.table_config import TablesConfig
 from mufasa_rec.models.ranker_config import RankerConfig
 from mufasa_rec.models.retriever import RetrieverConfig
 from mufasa_rec.training.optim import OptimizerConfig
@@ -35,7 +36,8 @@ CHANGEABLE = (
     "trainer.patience",
     "trainer.log_every",
     "checkpoint",
-    "sharding",
+    *(f"sharding.{name}" for name in ("types", "kernels", "cache_share", "min_columns", "tables", "prefetch", "plan")),
+    "sharding.ssd_folder",
     "threads",
 )
 
@@ -52,6 +54,7 @@ class RunConfig:
         optimizer: How weights are updated.
         trainer: How long, and with what care.
         checkpoint: When the run is saved, and where.
+        tables: What the trained tables are made of, and how single ones learn.
         sharding: How tables are spread over ranks.
         warm_start: What a new run starts from instead of random weights.
         mask_seen: Whether evaluation masks items that a user has seen; None takes the data set's default (masked
@@ -67,6 +70,7 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tables: TablesConfig = field(default_factory=TablesConfig)
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     mask_seen: bool | None = None

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from mufasa_rec.config import RunConfig
 from mufasa_rec.data.loader import DataConfig
-from mufasa_rec.distributed.sharding import TableOptimizerConfig
+from mufasa_rec.data.negatives import NegativesConfig
+from mufasa_rec.distributed.table_config import TableOptimizerConfig, TablesConfig
 from mufasa_rec.models.ranker_config import RankerConfig
 from mufasa_rec.models.retriever import RetrieverConfig
 from mufasa_rec.modules.similarity_interest import SimilarityInterestConfig
@@ -108,6 +109,30 @@ def ranking() -> RunConfig:
     )
 
 
+def billion() -> RunConfig:
+    """Long histories over a catalog of billions, for a thousand GPUs: what `plan` shows, and a start for such a run."""
+    return RunConfig(
+        data=DataConfig(
+            batch_size=65_536,
+            max_history=2048,
+            negatives=NegativesConfig(softmax="sampled", num_uniform=65_536, num_inbatch=65_536),
+        ),
+        model=RetrieverConfig(
+            width=128,
+            attention="sparse",
+            extractor=SparseAttentionConfig(
+                num_layers=4,
+                num_heads=4,
+                pattern=SparsePattern(window=256, block=64, num_selected=8),
+                recompute=True,
+            ),
+        ),
+        optimizer=OptimizerConfig(warmup_steps=1000, tables=TableOptimizerConfig(learning_rate=0.02)),
+        tables=TablesConfig(output_dtype="fp16"),
+        trainer=TrainerConfig(epochs=1, bf16=True),
+    )
+
+
 PRESETS: dict[str, Callable[[], RunConfig]] = {
     "default": RunConfig,
     "demo": demo,
@@ -117,6 +142,7 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
     "brief": brief,
     "demo-ranking": demo_ranking,
     "ranking": ranking,
+    "billion": billion,
 }
 
 

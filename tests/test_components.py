@@ -18,7 +18,7 @@ from torchx.specs.file_linter import validate
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCHX = str(Path(sysconfig.get_path("scripts")) / "torchx")
-COMPONENTS = ("prepare", "train", "fuse", "evaluate", "export")
+COMPONENTS = ("prepare", "train", "fuse", "evaluate", "export", "chain")
 # What a program does not begin without.
 NEEDED = {
     "prepare": ("--input", "I", "--output", "O"),
@@ -26,6 +26,7 @@ NEEDED = {
     "fuse": ("--run", "R"),
     "evaluate": ("--run", "R", "--output", "O"),
     "export": ("--run", "R", "--output", "O"),
+    "chain": ("--run", "R", "--input", "I"),
 }
 # Writes what each process was told and where it stands.
 PROGRAM = """
@@ -92,6 +93,23 @@ def test_mounts_and_ports_reach_the_role(component: str) -> None:
 
 
 @pytest.mark.parametrize("component", COMPONENTS)
+def test_network_is_named_and_env_wins_over_what_it_sets(component: str) -> None:
+    (role,) = make_app(component, network="ib", env={"NCCL_IB_HCA": "mlx5_0"}).roles
+    assert (role.env["NCCL_NET"], role.env["NCCL_IB_HCA"]) == ("IB", "mlx5_0")
+    assert not [name for name in make_app(component).roles[0].env if name.startswith(("NCCL", "FI_"))]
+    with pytest.raises(ValueError, match="network is 'wifi': choose one of none, tcp, ib, roce, efa"):
+        make_app(component, network="wifi")
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_what_our_schedulers_read_stands_beside_the_role(component: str) -> None:
+    (role,) = make_app(component, "--run", "a b", j="2x3", secrets=["TOKEN"]).roles
+    noted = {"program": [f"torchx_apps.{component}", "--run", "a b"], "processes": 3, "secrets": ["TOKEN"]}
+    assert role.metadata == {"mufasa_rec": {**noted, "preflight": "torchx_apps.preflight"}}
+    assert not make_app(component, no_preflight=True).roles[0].metadata["mufasa_rec"]["preflight"]
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
 def test_names_suit_every_scheduler(component: str) -> None:
     app = make_app(component)
     for name in (app.name, app.roles[0].name):
@@ -105,6 +123,13 @@ def test_names_suit_every_scheduler(component: str) -> None:
 def test_wrong_shape_of_the_job_is_named(component: str, j: str) -> None:
     with pytest.raises(ValueError, match=re.escape(f"j is {j!r}: give nodes x processes per node")):
         make_app(component, j=j)
+
+
+def test_refused_argument_is_shown_without_a_traceback() -> None:
+    ran = torchx_run("components/train.py:train", "-j", "2")
+    assert ran.returncode == 1
+    assert "j is '2': give nodes x processes per node, such as 1x2, or least:most" in ran.stderr
+    assert "Traceback" not in ran.stderr
 
 
 def test_elastic_job_asks_for_the_least_and_takes_the_most_nodes() -> None:
@@ -178,7 +203,9 @@ def test_components_share_their_private_helpers_word_for_word() -> None:
         for node in tree.body:
             if isinstance(node, ast.FunctionDef) and node.name.startswith("_"):
                 helpers.setdefault(node.name, set()).add(ast.unparse(node))
-    assert {"_torchrun", "_checked_name"} <= helpers.keys()
+            elif isinstance(node, ast.AnnAssign):
+                helpers.setdefault(ast.unparse(node.target), set()).add(ast.unparse(node))
+    assert {"_torchrun", "_checked_name", "NETWORKS"} <= helpers.keys()
     assert [name for name, forms in helpers.items() if len(forms) > 1] == []
 
 

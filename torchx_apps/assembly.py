@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -17,43 +17,22 @@ from mufasa_rec.data.item_lookup import ItemLookup, ItemVocabulary, split_of
 from mufasa_rec.data.loader import Loader
 from mufasa_rec.data.negatives import NegativeSampler
 from mufasa_rec.data.parquet import list_row_groups
-from mufasa_rec.data.schema import DatasetManifest, SplitManifest, SplitRef
+from mufasa_rec.data.schema import DatasetManifest
 from mufasa_rec.distributed import sharding
 from mufasa_rec.distributed.collectives import RankExchange
 from mufasa_rec.distributed.env import DistributedEnv
 from mufasa_rec.evaluation.retrieval import Evaluator, RetrieverScorer
 from mufasa_rec.models.ranker import Ranker
-from mufasa_rec.models.retriever import FUSED, Retriever, RetrieverArch
-from mufasa_rec.modules.event_embedding import EventEmbedding, EventEmbeddingConfig
-from mufasa_rec.modules.item_fusion import ItemFusion
-from mufasa_rec.modules.item_tower import ItemTower
-from mufasa_rec.modules.next_item import NextItemObjective
+from mufasa_rec.models.retriever import Retriever
 from mufasa_rec.modules.segmentation import BorderConfig
-from mufasa_rec.modules.sparse_arch import ContentTableConfig, SparseArch, TableConfig, table_name
+from mufasa_rec.modules.sparse_arch import table_name
+from mufasa_rec.planning import plan_file
+from mufasa_rec.planning.start_table import start_table
 from mufasa_rec.training.fusion_file import TrainedLayer
-from torchx_apps import extractors
+from torchx_apps import extractors, model_facts
+from torchx_apps.open_dataset import OpenDataset
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class OpenDataset:
-    """A data set as a run sees it: manifest, split, items."""
-
-    folder: str
-    manifest: DatasetManifest
-    ref: SplitRef
-    split: SplitManifest
-    catalog: ItemLookup
-
-    @property
-    def has_time(self) -> bool:
-        """Whether events have absolute times."""
-        return self.manifest.time.absolute
-
-    def has(self, kind: str) -> bool:
-        """Whether events have a column of this kind (`action`, `weight`, `label`)."""
-        return any(f.level == "event" and f.kind == kind for f in self.manifest.features.values())
 
 
 def open_dataset(config: RunConfig, vocabulary: ItemVocabulary | None = None) -> OpenDataset:
@@ -147,53 +126,9 @@ def build_retriever(
         exchange: Reaches the other ranks.
         layer: The fusion layer that the retriever holds, with `model.fusion_source`.
     """
-    model, catalog, features = config.model, data.catalog, data.manifest.features
-    fusion = None if layer is None else ItemFusion(layer.build(), layer.genre, tune=model.finetune_fusion)
     torch.manual_seed(config.seed)
-    item_categoricals, event_categoricals = {}, ()
-    if model.use_categoricals:
-        item_categoricals = {name: c.offsets is not None for name, c in catalog.items.categoricals.items()}
-        event_categoricals = tuple(data.manifest.event_categoricals())
-    tables = [TableConfig(name="item", num_embeddings=catalog.vocabulary.size)]
-    for name in item_categoricals:
-        rows = catalog.items.categoricals[name].cardinality + 1
-        tables.append(TableConfig(name=f"item.{name}", num_embeddings=rows))
-    for name in event_categoricals:
-        tables.append(TableConfig(name=f"event.{name}", num_embeddings=features[name].cardinality + 1))
-    contents = [
-        ContentTableConfig(modality=name, num_embeddings=store.rows, width=store.width)
-        for name, store in catalog.stores.items()
-    ]
-    sparse = SparseArch(tables, model.width, contents, torch.device("meta"))
-    modalities = {content.modality: content.width for content in contents}
-    if fusion is not None:
-        modalities = {FUSED: fusion.layer.config.width}
-    tower = ItemTower(modalities, item_categoricals, model.width, use_id=model.use_id, id_dropout=model.id_dropout)
-    actions = max((f.cardinality for f in features.values() if f.kind == "action"), default=-1) + 1
-    embedding = EventEmbedding(
-        EventEmbeddingConfig(
-            width=model.width,
-            content={FUSED: model.width} if modalities else {},
-            num_actions=actions,
-            num_gap_buckets=model.num_gap_buckets if data.has_time else 0,
-            dropout=model.extractor.dropout,
-        )
-    )
-    extractor = extractors.build(config, embedding, _thresholds(config, data))
-    full = config.data.negatives.is_full(int(catalog.available.sum()))
-    objective = NextItemObjective(model.objective, full=full, exchange=exchange)
-    dense = RetrieverArch(
-        tower,
-        extractor,
-        objective,
-        max_history=extractors.max_events(config),
-        event_categoricals=event_categoricals,
-        raw_content=extractors.raw_content(extractor),
-        fusion=fusion,
-    )
-    sharding.fuse_optimizer(sparse.trained, config.optimizer.tables)
-    sharding.freeze(sparse.content)
-    return Retriever(sparse, dense)
+    facts = model_facts.of_data(config, data)
+    return model_facts.make_retriever(config, facts, _thresholds(config, data), exchange, layer)
 
 
 def _thresholds(config: RunConfig, data: OpenDataset) -> BorderConfig:
@@ -220,12 +155,16 @@ def shard_model(
     config: RunConfig, data: OpenDataset, model: Retriever | Ranker, init_std: float, device: torch.device
 ) -> nn.Module:
     """Shard a model, draw its tables' weights, and read the content shard by shard."""
-    plan = sharding.make_plan(model, device, config.sharding)
+    if config.sharding.plan:
+        plan = plan_file.load_plan(config.sharding.plan, model, device.type, config.sharding, dist.get_world_size())
+    else:
+        plan = sharding.make_plan(model, device, config.sharding, config.tables)
+    drawn = model.sparse.drawn_tables
     if dist.get_rank() == 0:
-        logger.info("plan:\n%s", sharding.describe(plan))
-    trained = model.sparse.trained_tables
-    sharded = sharding.shard(model, plan, device)
-    sharding.initialise_tables(sharded, dict.fromkeys(trained, init_std), config.seed)
+        for line in start_table(model, plan):
+            logger.info("%s", line)
+    sharded = sharding.shard(model, plan, device, config.sharding)
+    sharding.initialise_tables(sharded, dict.fromkeys(drawn, init_std), config.seed)
     stores = {table_name(f"content.{name}"): store.read for name, store in data.catalog.stores.items()}
     sharding.load_rows(sharded, stores)
     return sharded

@@ -23,6 +23,7 @@ from typing import Any
 from mufasa_rec.config import RunConfig
 from mufasa_rec.presets import preset
 from torchx_apps import demo_ranking, fuse_config
+from torchx_apps.chain_steps import FUSED, fuse_arguments, prepare_arguments
 from torchx_apps.demo_table import format_table
 from torchx_apps.local_job import Job, JobFailedError, run_job
 
@@ -43,7 +44,6 @@ OUTPUTS = (
     *demo_ranking.OUTPUTS,
     MARKER,
 )
-FUSED = fuse_config.FuseConfig().output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,10 +205,8 @@ def format_seconds(seconds: dict[str, float]) -> str:
 
 def prepare_job(options: DemoOptions) -> Job:
     """Return the job that makes the data set."""
-    # A row may hold no more targets than the model reads of it, or the oldest would never be trained on.
-    targets = str(options.config().data.max_history)
-    arguments = ["--input", options.source, "--output", str(options.run / "dataset")]
-    arguments += ["--split.targets-per-row", targets]
+    max_history = options.config().data.max_history
+    arguments = prepare_arguments(options.source, str(options.run / "dataset"), max_history)
     if options.columns:
         arguments += ["--columns-file", options.columns]
     return Job(name="prepare", component="prepare", program_args=arguments)
@@ -221,16 +219,10 @@ def fuse_job(options: DemoOptions, dataset: dict[str, Any]) -> Job | None:
         options: What the command line asks for.
         dataset: The data set's `dataset.json`.
     """
-    modalities = sorted(dataset["content"])
-    if not modalities:
+    if not dataset["content"]:
         return None
     chosen = options.preset if options.preset in fuse_config.PRESETS else "default"
-    arguments = ["--preset", chosen, "--dataset", str(options.run / "dataset"), "--run", str(options.run / "fusion")]
-    if fuse_config.FuseConfig().layer.anchor not in modalities:
-        arguments += ["--layer.anchor", modalities[0]]
-    categoricals = [name for name, feature in dataset["features"].items() if feature["level"] == "item"]
-    if not set(fuse_config.GENRES).intersection(categoricals):
-        arguments += ["--genre", "none"]
+    arguments = fuse_arguments(chosen, str(options.run / "dataset"), str(options.run / "fusion"), dataset)
     return Job(name="fuse", component="fuse", program_args=arguments)
 
 

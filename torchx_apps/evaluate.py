@@ -44,6 +44,19 @@ RANKS_FILE = "ranks.safetensors"
 @record
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and evaluate."""
+    options = make_parser().parse_args(argv)
+    try:
+        runs = runs_of(options)
+        with distributed() as env:
+            evaluate(
+                runs, Path(options.output), options.part, env, dataset=options.dataset, checkpoint=options.checkpoint
+            )
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"evaluate: {error}") from error
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The program's options."""
     parser = argparse.ArgumentParser(
         prog="evaluate", description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -56,15 +69,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--checkpoint", default="best", metavar="WHICH", help="of --run: best (by validation), newest, or a step (best)"
     )
-    options = parser.parse_args(argv)
-    try:
-        runs = _runs(options.run, options.compare, options.name)
-        with distributed() as env:
-            evaluate(
-                runs, Path(options.output), options.part, env, dataset=options.dataset, checkpoint=options.checkpoint
-            )
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"evaluate: {error}") from error
+    return parser
+
+
+def runs_of(options: argparse.Namespace) -> dict[str, str]:
+    """Run folders by row name, the model first.
+
+    Raises:
+        ValueError: For an entry of `--compare` that is no NAME=FOLDER.
+    """
+    return _runs(options.run, options.compare, options.name)
 
 
 def _runs(run: str, compare: str, name: str = MODEL) -> dict[str, str]:

@@ -28,6 +28,17 @@ logger = logging.getLogger(__name__)
 @record
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and export."""
+    options = make_parser().parse_args(argv)
+    names = None if options.tables is None else tuple(filter(None, options.tables.split(",")))
+    try:
+        with distributed():
+            export(options.run, options.output, RankExchange(), checkpoint=options.checkpoint, tables=names)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"export: {error}") from error
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The program's options."""
     parser = argparse.ArgumentParser(
         prog="export", description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -37,13 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--tables", metavar="NAME,...", help="tables to export, such as item; all when left out")
     parser.add_argument("--output", required=True, metavar="FOLDER", help="folder or URL to write; must not exist")
-    options = parser.parse_args(argv)
-    names = None if options.tables is None else tuple(filter(None, options.tables.split(",")))
-    try:
-        with distributed():
-            export(options.run, options.output, RankExchange(), checkpoint=options.checkpoint, tables=names)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"export: {error}") from error
+    return parser
 
 
 def export(

@@ -47,17 +47,8 @@ logger = logging.getLogger(__name__)
 @record
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line; train and encode the catalog, or encode new items."""
-    parser = argparse.ArgumentParser(prog="fuse", description=__doc__, allow_abbrev=False, add_help=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("-h", "--help", action="store_true", help="show this, and every field of the configuration")
-    parser.add_argument("--run", metavar="FOLDER", help="run folder to write, or to continue the run that it holds")
-    parser.add_argument("--preset", metavar="NAME", help=f"start from one of {', '.join(PRESETS)}")
-    parser.add_argument("--config", metavar="FILE", help="a YAML file with some or all fields of the configuration")
-    parser.add_argument("--items", metavar="FILE", help="Parquet file of new items to encode with a trained run")
     try:
-        options, config = _parse(parser, argv)
-        if not options.run:
-            raise ValueError("--run: missing; give a folder for this run's configuration, logs and checkpoints.")
+        options, config = parse(argv)
         folder = run_folder.local_folder(options.run)
         with distributed() as env:
             torch.set_num_threads(config.threads)
@@ -69,21 +60,47 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(f"fuse: {error}") from error
 
 
-def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[argparse.Namespace, FuseConfig]:
-    """Own options, and the remaining ones as fields of the configuration."""
+def make_parser() -> argparse.ArgumentParser:
+    """The program's own options; the others are fields of the configuration."""
+    parser = argparse.ArgumentParser(prog="fuse", description=__doc__, allow_abbrev=False, add_help=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("-h", "--help", action="store_true", help="show this, and every field of the configuration")
+    parser.add_argument("--run", metavar="FOLDER", help="run folder to write, or to continue the run that it holds")
+    parser.add_argument("--preset", metavar="NAME", help=f"start from one of {', '.join(PRESETS)}")
+    parser.add_argument("--config", metavar="FILE", help="a YAML file with some or all fields of the configuration")
+    parser.add_argument("--items", metavar="FILE", help="Parquet file of new items to encode with a trained run")
+    return parser
+
+
+def parse(
+    argv: Sequence[str] | None, saved: Callable[[str | None], str | None] = run_folder.saved_config
+) -> tuple[argparse.Namespace, FuseConfig]:
+    """Read a command line: own options, and the remaining ones as fields of the configuration.
+
+    Args:
+        argv: The command line.
+        saved: Gives the configuration that a run folder holds.
+
+    Raises:
+        ValueError: For a field or value that is refused, a missing run folder, or `--items` without a trained run.
+    """
+    parser = make_parser()
     options, rest = parser.parse_known_args(argv)
     if options.help:
         parser.print_help()
         print()
         rest = ["--help"]
-    file = run_folder.saved_config(options.run)
+    file = saved(str(run_folder.local_folder(options.run))) if options.run else None
     if options.items and not file:
         raise ValueError(f"--run {options.run}: holds no trained run; --items needs one.")
     named = options.preset or options.config
     config = load_config(file) if file and not named else preset(options.preset or "default")
     if options.config:
         config = load_config(options.config, config)
-    return options, tyro.cli(FuseConfig, args=rest, default=config, prog="fuse", config=(tyro.conf.FlagConversionOff,))
+    config = tyro.cli(FuseConfig, args=rest, default=config, prog="fuse", config=(tyro.conf.FlagConversionOff,))
+    if not options.run:
+        raise ValueError("--run: missing; give a folder for this run's configuration, logs and checkpoints.")
+    return options, config
 
 
 def fuse(
@@ -106,6 +123,7 @@ def fuse(
     """
     exchange = RankExchange()
     continues = _claim(folder, config, exchange)
+    run_folder.refuse_unwritable(config.checkpoint.location(str(folder)), exchange)
     with run_folder.held(folder, exchange, patience_s=config.checkpoint.grace_s + 5.0):
         return _fuse(config, folder, continues, exchange, env, watch)
 

@@ -33,9 +33,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     try:
         # Nested dataclasses are made while the flags are read, so what they refuse comes from here too.
-        _prepare(tyro.cli(PrepareConfig, args=args, prog="prepare", description=__doc__))
+        _prepare(parse(args))
     except (ValueError, OSError, PeerError) as error:
         raise SystemExit(f"prepare: {error}") from error
+
+
+def parse(args: Sequence[str]) -> PrepareConfig:
+    """Read a command line without ``--check``.
+
+    Raises:
+        ValueError: For a value that is refused.
+    """
+    return tyro.cli(PrepareConfig, args=list(args), prog="prepare", description=__doc__)
 
 
 def _prepare(config: PrepareConfig) -> None:

@@ -17,16 +17,13 @@ from mufasa_rec.data.ranking_batch import USER
 from mufasa_rec.data.ranking_collate import ShownFeatures
 from mufasa_rec.data.ranking_loader import RankingLoader, load_users
 from mufasa_rec.data.row_ids import RowIds
-from mufasa_rec.data.schema import ImpressionsInfo
-from mufasa_rec.distributed import sharding
+from mufasa_rec.data.schema import DatasetManifest, ImpressionsInfo
 from mufasa_rec.distributed.collectives import RankExchange
 from mufasa_rec.distributed.env import DistributedEnv
 from mufasa_rec.evaluation.impressions import ImpressionsEvaluator
 from mufasa_rec.models.ranker import Ranker
-from mufasa_rec.models.ranker_build import build_arch
-from mufasa_rec.models.ranker_config import RankingFeatures
-from mufasa_rec.modules.sparse_arch import ContentTableConfig, SparseArch, TableConfig, table_name
-from torchx_apps import assembly
+from mufasa_rec.modules.sparse_arch import table_name
+from torchx_apps import assembly, model_facts
 
 
 def impressions_of(data: assembly.OpenDataset) -> ImpressionsInfo:
@@ -35,16 +32,26 @@ def impressions_of(data: assembly.OpenDataset) -> ImpressionsInfo:
     Raises:
         ValueError: When it, or the split that was chosen, has none.
     """
-    if data.manifest.impressions is None:
-        raise ValueError(
-            f"task='ranking': data set {data.manifest.name!r} has no impressions; prepare a source that has some "
-            "(`--columns.impressions.source events` takes its events), or choose task: retrieval."
-        )
+    found = impressions_in(data.manifest)
     if data.ref.rows != "requests":
         raise ValueError(
             f"data.split={data.ref.id!r}: holds next events, not requests; choose data.split: impressions."
         )
-    return data.manifest.impressions
+    return found
+
+
+def impressions_in(manifest: DatasetManifest) -> ImpressionsInfo:
+    """What `dataset.json` says of impressions.
+
+    Raises:
+        ValueError: When it has none.
+    """
+    if manifest.impressions is None:
+        raise ValueError(
+            f"task='ranking': data set {manifest.name!r} has no impressions; prepare a source that has some "
+            "(`--columns.impressions.source events` takes its events), or choose task: retrieval."
+        )
+    return manifest.impressions
 
 
 def features_of(config: RunConfig, data: assembly.OpenDataset) -> ShownFeatures:
@@ -81,45 +88,18 @@ def make_loader(config: RunConfig, data: assembly.OpenDataset, part: str, env: D
 
 def table_rows(config: RunConfig, data: assembly.OpenDataset) -> dict[str, int]:
     """Rows of every trained table, by feature."""
-    shown, items, features = features_of(config, data), data.catalog.items.categoricals, data.manifest.features
-    rows = {"item": data.catalog.vocabulary.size}
-    rows.update({f"item.{name}": column.cardinality + 1 for name, column in items.items()})
-    rows.update({f"event.{name}": features[name].cardinality + 1 for name in data.manifest.event_categoricals()})
-    rows[USER] = shown.users.size
-    rows.update({raw.CONTEXT_PREFIX + name: size + 1 for name, size in shown.info.context.items()})
-    return rows
+    shown = features_of(config, data)
+    return model_facts.ranker_rows(model_facts.of_data(config, data), shown.info, shown.users.size)
 
 
 def build_ranker(config: RunConfig, data: assembly.OpenDataset, exchange: RankExchange) -> Ranker:
     """The unsharded ranker, tables on `meta`, with fused optimizers attached."""
-    info, catalog = impressions_of(data), data.catalog
     torch.manual_seed(config.seed)
-    actions = max((f.cardinality for f in data.manifest.features.values() if f.kind == "action"), default=-1) + 1
-    features = RankingFeatures(
-        item={name: column.offsets is not None for name, column in catalog.items.categoricals.items()},
-        event=tuple(data.manifest.event_categoricals()),
-        request=(USER,),
-        context=tuple(info.context),
-        modalities={name: store.width for name, store in catalog.stores.items()},
-        num_dense=len(info.dense),
-        tasks=tuple(info.tasks),
-        num_actions=actions,
-        has_time=data.has_time,
-        max_history=config.data.max_history + alignment(config) - 1,
+    facts = model_facts.of_data(config, data)
+    features = model_facts.ranking_features(
+        facts, impressions_of(data), config.data.max_history + alignment(config) - 1
     )
-    arch = build_arch(config.ranker, features, exchange)
-    tables = [
-        TableConfig(name=name, num_embeddings=size, dim=config.ranker.dims.get(name))
-        for name, size in table_rows(config, data).items()
-    ]
-    contents = [
-        ContentTableConfig(modality=name, num_embeddings=store.rows, width=store.width)
-        for name, store in catalog.stores.items()
-    ]
-    sparse = SparseArch(tables, config.ranker.width, contents, torch.device("meta"))
-    sharding.fuse_optimizer(sparse.trained, config.optimizer.tables)
-    sharding.freeze(sparse.content)
-    return Ranker(sparse, arch)
+    return model_facts.make_ranker(config, features, table_rows(config, data), facts.contents, exchange)
 
 
 def shard_ranker(config: RunConfig, data: assembly.OpenDataset, ranker: Ranker, device: torch.device) -> nn.Module:

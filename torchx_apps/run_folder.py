@@ -15,6 +15,7 @@ from typing import IO, Any
 
 from mufasa_rec.config import CONFIG_FILE, RunConfig, load_config, refuse_changes
 from mufasa_rec.data import paths
+from mufasa_rec.distributed.agreement import on_all_ranks
 from mufasa_rec.distributed.collectives import RankExchange
 from mufasa_rec.training.checkpoint_manifest import Manifest
 from mufasa_rec.versions import code_versions
@@ -77,6 +78,26 @@ def claim(folder: Path, config: RunConfig, exchange: RankExchange) -> tuple[RunC
     if problem:
         raise ValueError(problem)
     return config, continues
+
+
+def refuse_unwritable(checkpoints: str, exchange: RankExchange) -> None:
+    """Refuse a place of checkpoints that cannot be written, before the first step instead of at the first save.
+
+    Raises:
+        ValueError: On all ranks alike.
+    """
+
+    def write() -> None:
+        try:
+            if exchange.rank == 0:
+                paths.try_to_write(checkpoints)
+        except Exception as error:  # of whichever client, where it is a URL
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+            raise ValueError(
+                f"checkpoint.folder={checkpoints!r}: {reason}; choose a folder that can be written."
+            ) from error
+
+    on_all_ranks(exchange, write)
 
 
 def with_modalities(config: RunConfig, names: Iterable[str] | None) -> RunConfig:

@@ -9,6 +9,7 @@ its newest checkpoint, on any number of ranks. Asked to stop (SIGTERM, SIGUSR1) 
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -24,7 +25,7 @@ from mufasa_rec.data.batch import Batch
 from mufasa_rec.distributed.collectives import RankExchange
 from mufasa_rec.distributed.env import DistributedEnv, distributed
 from mufasa_rec.distributed.host_memory import keep_freed_memory
-from mufasa_rec.distributed.sharding import describe
+from mufasa_rec.planning.start_table import plan_lines
 from mufasa_rec.training.checkpoint_manifest import Manifest
 from mufasa_rec.training.optim import TrainOptimizer
 from mufasa_rec.training.saver import Saver
@@ -39,13 +40,8 @@ logger = logging.getLogger(__name__)
 @record
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, train, and write the run folder."""
-    parser = command_line.parser("train", __doc__)
-    parser.add_argument("--run", metavar="FOLDER", help="run folder to write, or to continue the run that it holds")
     try:
-        options, config = command_line.parse(parser, argv, lambda given: run_folder.saved_config(given.run))
-        if not options.run:
-            raise ValueError("--run: missing; give a folder for this run's configuration, logs and checkpoints.")
-        folder = run_folder.local_folder(options.run)
+        folder, config = parse(argv)
         with distributed() as env:
             torch.set_num_threads(config.threads)
             if env.device.type == "cpu":
@@ -53,6 +49,38 @@ def main(argv: Sequence[str] | None = None) -> None:
             train(config, folder, env)
     except (ValueError, OSError) as error:
         raise SystemExit(f"train: {error}") from error
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The program's own options; the others are fields of the configuration."""
+    parser = command_line.parser("train", __doc__)
+    parser.add_argument("--run", metavar="FOLDER", help="run folder to write, or to continue the run that it holds")
+    return parser
+
+
+def parse(
+    argv: Sequence[str] | None, saved: Callable[[str | None], str | None] = run_folder.saved_config
+) -> tuple[Path, RunConfig]:
+    """Read a command line.
+
+    Args:
+        argv: The command line.
+        saved: Gives the configuration that a run folder holds.
+
+    Returns:
+        The run folder, and the run's configuration.
+
+    Raises:
+        ValueError: For a field or value that is refused, or a run folder that is missing or a URL.
+    """
+
+    def saved_of(given: argparse.Namespace) -> str | None:
+        return saved(str(run_folder.local_folder(given.run))) if given.run else None
+
+    options, config = command_line.parse(make_parser(), argv, saved_of)
+    if not options.run:
+        raise ValueError("--run: missing; give a folder for this run's configuration, logs and checkpoints.")
+    return run_folder.local_folder(options.run), config
 
 
 def train(config: RunConfig, folder: Path, env: DistributedEnv, watch: Callable[[Batch], None] | None = None) -> dict:
@@ -71,11 +99,23 @@ def train(config: RunConfig, folder: Path, env: DistributedEnv, watch: Callable[
         ValueError: When the folder holds another run, or the config does not fit the data set.
         Preempted: When the run was asked to stop and has been saved.
     """
-    config.optimizer.tables.refuse_on(env.device)
+    refuse_on(config, env)
     exchange = RankExchange()
     config, continues = run_folder.claim(folder, config, exchange)
+    run_folder.refuse_unwritable(config.checkpoint.location(str(folder)), exchange)
     with run_folder.held(folder, exchange, patience_s=config.checkpoint.grace_s + 5.0):
         return _train(config, folder, continues, exchange, env, watch)
+
+
+def refuse_on(config: RunConfig, env: DistributedEnv) -> None:
+    """Refuse what this world's devices cannot do, before anything is written.
+
+    Raises:
+        ValueError: Names the field and what to choose instead.
+    """
+    config.optimizer.tables.refuse_on(env.device.type)
+    config.tables.refuse_on(env.device.type)
+    config.sharding.refuse_on(env.device.type, env.world_size)
 
 
 def _train(
@@ -103,7 +143,7 @@ def _train(
     dense = {name: p for name, p in in_backward_optimizer_filter(model.named_parameters()) if p.requires_grad}
     slow = fusion_tuning.slow_parameters(dense)
     optimizer = TrainOptimizer(dense, model.fused_optimizer, config.optimizer, steps, slow=slow)
-    about = run_folder.describe_run(config, data, describe(model.plan))  # type: ignore[arg-type]
+    about = run_folder.describe_run(config, data, plan_lines(model.plan))  # type: ignore[arg-type]
     saver = Saver(config.checkpoint.location(str(folder)), config.checkpoint, about)
     newest = _newest(saver, data, continues)
     if newest is None:

@@ -8,7 +8,7 @@ reader needs one pair of row groups at a time.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -90,7 +90,27 @@ def list_row_groups(
     Raises:
         ValueError: When the part has no files.
     """
-    found: list[RowGroupRef] = []
+    found = list(_row_groups(dataset, manifest, split, part))
+    if not found:
+        raise _no_rows(manifest, split, part)
+    return found
+
+
+def first_row_group(dataset: paths.Location, manifest: DatasetManifest, split: SplitRef, part: str) -> RowGroupRef:
+    """The first of `list_row_groups`, without a look at other files.
+
+    Raises:
+        ValueError: When the part has no files.
+    """
+    found = next(_row_groups(dataset, manifest, split, part), None)
+    if found is None:
+        raise _no_rows(manifest, split, part)
+    return found
+
+
+def _row_groups(
+    dataset: paths.Location, manifest: DatasetManifest, split: SplitRef, part: str
+) -> Iterator[RowGroupRef]:
     first_row = 0
     for partition in manifest.partitions:
         folder = paths.join(dataset, "splits", split.id, part, partition.name)
@@ -103,14 +123,15 @@ def list_row_groups(
             for index in range(metadata.num_row_groups):
                 size = metadata.row_group(index).num_rows
                 if size:
-                    found.append(RowGroupRef(file, events, index, size, first_row))
+                    yield RowGroupRef(file, events, index, size, first_row)
                 first_row += size
-    if not found:
-        raise ValueError(
-            f"splits/{split.id}/{part}: no rows in data set {manifest.name!r}; too few users have enough events for "
-            "this part, or the data set is not complete: prepare it again."
-        )
-    return found
+
+
+def _no_rows(manifest: DatasetManifest, split: SplitRef, part: str) -> ValueError:
+    return ValueError(
+        f"splits/{split.id}/{part}: no rows in data set {manifest.name!r}; too few users have enough events for "
+        "this part, or the data set is not complete: prepare it again."
+    )
 
 
 class RowGroupReader:

@@ -129,6 +129,28 @@ def rename_folder(folder: Location, name: str) -> str:
     return target
 
 
+def try_to_write(folder: Location) -> None:
+    """Finds out whether files can be written into a folder that need not be there yet; leaves nothing behind.
+
+    Raises:
+        OSError: They cannot, or a name on the way is no folder; names the place. Of a URL, whatever its client raises.
+    """
+    if is_remote(folder):
+        probe = join(folder, f".probe-{os.getpid()}")
+        with atomic_write(probe) as file:
+            file.write_text("")
+        remove_file(probe)
+        return
+    there = local_path(folder).absolute()
+    while not os.path.lexists(there):
+        there = there.parent
+    try:  # a look at permissions would lie to root, and on a network's file system
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        reason = error.strerror if there.is_dir() else "no folder"
+        raise OSError(error.errno, f"cannot be written, {there}: {reason}") from error
+
+
 def put_file(file: Path, url: Location) -> None:
     """Copies a local file to a URL.
 

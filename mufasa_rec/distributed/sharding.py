@@ -1,254 +1,258 @@
-"""Sharding a model: plan, fused optimizers, weights that do not depend on the number of ranks, content by shards."""
+"""Sharding a model: TorchRec's planner within what is allowed, fused optimizers, and the model spread over ranks."""
 
 from __future__ import annotations
 
-import logging
 import os
-import zlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch import nn
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
-from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs_registry
+from torchrec.distributed.model_parallel import DistributedModelParallel, DMPCollection
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
 from torchrec.distributed.planner import types as planner_types
+from torchrec.distributed.planner.proposers import GreedyProposer, UniformProposer
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import ParameterConstraints
-from torchrec.distributed.types import ShardingPlan
+from torchrec.distributed.types import CacheParams, KeyValueParams, ShardingPlan
+from torchrec.modules.embedding_configs import DataType, EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingCollection
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from torchrec.optim.optimizers import SGD, Adagrad, Adam
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from mufasa_rec.distributed.gradients import average_in_rank_order
+from mufasa_rec.distributed.sharding_config import ShardingConfig, ShardingType, TableSharding
+from mufasa_rec.distributed.table_config import Precision, TableOptimizerConfig, TablesConfig, TableSettings
+from mufasa_rec.distributed.table_rows import TableShard, initialise_tables, load_rows, local_shards
 
-logger = logging.getLogger(__name__)
-_BLOCK = 1 << 16  # rows that share one random stream
+__all__ = [
+    "ShardingConfig",
+    "ShardingType",
+    "TableOptimizerConfig",
+    "TableSettings",
+    "TableShard",
+    "TableSharding",
+    "TablesConfig",
+    "fuse_optimizer",
+    "freeze",
+    "initialise_tables",
+    "load_rows",
+    "local_shards",
+    "make_plan",
+    "make_planner",
+    "planner_topology",
+    "shard",
+    "sharders",
+]
 _RESERVED_SHARE = 0.15  # of a device's memory, for everything that is no table
-# Rows stay whole (weights are drawn and content is read by rows), and every table is a ShardedTensor in the checkpoint.
-ShardingType = Literal["row_wise", "table_wise", "table_row_wise"]
-_GPU_SHARDING_TYPES: tuple[ShardingType, ...] = get_args(ShardingType)
+_OPTIMIZERS = {"row_wise_adagrad": RowWiseAdagrad, "adagrad": Adagrad, "adam": Adam, "sgd": SGD}
+DATA_TYPES = {"fp32": DataType.FP32, "fp16": DataType.FP16, "bf16": DataType.BF16}
 
 
-@dataclass(frozen=True, kw_only=True)
-class ShardingConfig:
-    """How tables are spread over ranks.
+def fuse_optimizer(collections: nn.Module, config: TableOptimizerConfig, tables: TablesConfig | None = None) -> None:
+    """Let the backward of embedding collections update their tables.
 
-    Attributes:
-        types: Sharding types that the planner may choose from; None for row-wise on a CPU, and all of them on a GPU.
+    Args:
+        collections: Holds the collections.
+        config: How tables learn that do not differ.
+        tables: How single tables differ.
     """
-
-    types: tuple[ShardingType, ...] | None = None
-
-    def __post_init__(self) -> None:
-        for name in self.types or ():
-            if name not in get_args(ShardingType):
-                raise ValueError(f"sharding.types: {name!r}: choose from {', '.join(get_args(ShardingType))}.")
-        if self.types == ():
-            raise ValueError("sharding.types is empty: name at least one, or leave it out.")
-
-    def allowed(self, device: torch.device) -> tuple[ShardingType, ...]:
-        """What the planner may choose from on a device.
-
-        Raises:
-            ValueError: For a type that the device does not have.
-        """
-        if device.type != "cpu":
-            return self.types or _GPU_SHARDING_TYPES
-        if self.types and "table_row_wise" in self.types:
-            raise ValueError(
-                "sharding.types: 'table_row_wise' spreads a table over one node's GPUs; on a CPU choose row_wise or "
-                "table_wise."
-            )
-        return self.types or ("row_wise",)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TableOptimizerConfig:
-    """The optimizer that FBGEMM applies to the tables inside the backward.
-
-    Attributes:
-        name: ``row_wise_adagrad`` (one number of state per row), ``adagrad`` (one per weight), ``sgd``, or ``adam``
-            (GPU only).
-        learning_rate: Learning rate.
-        eps: Added to the root of the second moment.
-    """
-
-    name: Literal["row_wise_adagrad", "adagrad", "adam", "sgd"] = "row_wise_adagrad"
-    learning_rate: float = 0.02
-    eps: float = 1e-8
-
-    def __post_init__(self) -> None:
-        if self.learning_rate <= 0:
-            raise ValueError(f"optimizer.tables.learning_rate={self.learning_rate}: choose above 0.")
-
-    def refuse_on(self, device: torch.device) -> None:
-        """Refuse an optimizer that the device's kernels do not have.
-
-        Raises:
-            ValueError: For Adam on a CPU.
-        """
-        if self.name == "adam" and device.type == "cpu":
-            raise ValueError(
-                "optimizer.tables.name='adam': FBGEMM has no fused Adam on a CPU; choose 'row_wise_adagrad' or "
-                "'adagrad', or train on a GPU."
+    for collection in _collections(collections):
+        for table in collection.embedding_configs():
+            own = (tables or TablesConfig()).optimizer_of(table.feature_names[0], config)
+            arguments: dict[str, Any] = {"lr": own.learning_rate}
+            if own.name != "sgd":
+                arguments["eps"] = own.eps
+            apply_optimizer_in_backward(
+                optimizer_class=_OPTIMIZERS[own.name],
+                params=collection.embeddings[table.name].parameters(),
+                optimizer_kwargs=arguments,
             )
 
 
-def fuse_optimizer(collection: nn.Module, config: TableOptimizerConfig) -> None:
-    """Let the backward of `collection` update its tables."""
-    classes = {"row_wise_adagrad": RowWiseAdagrad, "adagrad": Adagrad, "adam": Adam, "sgd": SGD}
-    arguments: dict[str, Any] = {"lr": config.learning_rate}
-    if config.name != "sgd":
-        arguments["eps"] = config.eps
-    apply_optimizer_in_backward(
-        optimizer_class=classes[config.name], params=collection.parameters(), optimizer_kwargs=arguments
-    )
+def freeze(collections: nn.Module) -> None:
+    """Give collections the one fused optimizer without state; their lookups run without gradient, so it never acts."""
+    apply_optimizer_in_backward(optimizer_class=SGD, params=collections.parameters(), optimizer_kwargs={"lr": 0.0})
 
 
-def freeze(collection: nn.Module) -> None:
-    """Give `collection` the one fused optimizer without state; its lookups run without gradient, so it never acts."""
-    apply_optimizer_in_backward(optimizer_class=SGD, params=collection.parameters(), optimizer_kwargs={"lr": 0.0})
-
-
-def make_plan(model: nn.Module, device: torch.device, config: ShardingConfig | None = None) -> ShardingPlan:
-    """Plan every table: with a fused kernel on a CPU, with the planner's choice on a GPU.
+def make_plan(
+    model: nn.Module, device: torch.device, config: ShardingConfig | None = None, tables: TablesConfig | None = None
+) -> ShardingPlan:
+    """Plan every table with TorchRec's planner; collective.
 
     Args:
         model: The unsharded model, embedding collections on `meta` or on a device.
         device: Device of this rank.
         config: What the planner may choose from.
+        tables: Precision of the vectors that are looked up.
 
     Returns:
-        The same plan on every rank.
+        The same plan on every rank. With groups of ranks it is that of the first one.
+
+    Raises:
+        ValueError: For what the device cannot do, and settings of a table that there is not.
     """
-    tables = [
-        config.name
-        for module in model.modules()
-        if isinstance(module, EmbeddingCollection)
-        for config in module.embedding_configs()
-    ]
-    allowed = ParameterConstraints(
-        sharding_types=list((config or ShardingConfig()).allowed(device)),
-        compute_kernels=["fused"] if device.type == "cpu" else None,
-    )
-    planner = EmbeddingShardingPlanner(
-        topology=_topology(device),
-        constraints=dict.fromkeys(tables, allowed),
-        # The planner's default heuristic is deprecated: it warns, and over-estimates modules on `meta`.
-        storage_reservation=FixedPercentageStorageReservation(percentage=_RESERVED_SHARE),
-    )
-    return planner.collective_plan(module=model, sharders=_sharders(), pg=dist.distributed_c10d._get_default_group())
-
-
-def _sharders() -> list[Any]:
-    """Who shards what: typed by TorchRec for its base classes only."""
-    return [EmbeddingCollectionSharder()]
-
-
-def _topology(device: torch.device) -> Topology:
-    """This world as the planner sees it, with the device's real memory."""
+    config = config or ShardingConfig()
     world = dist.get_world_size()
-    sizes: dict[str, Any] = {"world_size": world, "local_world_size": int(os.environ.get("LOCAL_WORLD_SIZE", world))}
+    config.refuse_on(device.type, world)
+    group = config.group_size or world
     hbm = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    topology = planner_topology(group, min(local, group), device.type, {"hbm_cap_bytes": hbm})
+    planner = make_planner(topology, model, config, tables, reserved_share=_RESERVED_SHARE)
+    return planner.collective_plan(
+        module=model, sharders=sharders(config, device), pg=dist.distributed_c10d._get_default_group()
+    )
+
+
+def make_planner(
+    topology: Topology,
+    model: nn.Module,
+    config: ShardingConfig,
+    settings: TablesConfig | None = None,
+    *,
+    ids_per_step: Mapping[str, int] | None = None,
+    reserved_share: float = 0.0,
+    stats: list[Any] | None = None,
+) -> EmbeddingShardingPlanner:
+    """TorchRec's planner for a model's tables.
+
+    Args:
+        topology: The world.
+        model: The unsharded model, fused optimizers attached.
+        config: What may be chosen.
+        settings: Precision of the vectors that are looked up.
+        ids_per_step: Ids that a rank looks up in a step, by feature.
+        reserved_share: Share of the devices' memory that tables may not have.
+        stats: Who is told of the plan.
+
+    Raises:
+        ValueError: For settings of a table that there is not, or a type that its optimizer would not be the same in.
+    """
+    tables = [(collection, table) for collection in _collections(model) for table in collection.embedding_configs()]
+    config.refuse_unknown(table.feature_names[0] for _, table in tables)
+    constraints = {}
+    for collection, table in tables:
+        _refuse_parted_rows(collection, table, config)
+        constraints[table.name] = _constraints(
+            table, config, settings or TablesConfig(), topology.compute_device, ids_per_step or {}
+        )
+    return EmbeddingShardingPlanner(
+        topology=topology,
+        batch_size=1,  # a step's ids of a feature are one list
+        constraints=constraints,
+        # The planner's default heuristic is deprecated: it warns, and over-estimates modules on `meta`.
+        storage_reservation=FixedPercentageStorageReservation(percentage=reserved_share),
+        # Its default tries every combination first, up to 10,000 plans of all ranks.
+        proposer=[GreedyProposer(), GreedyProposer(use_depth=False), UniformProposer()],
+        stats=stats or [],
+        debug=False,
+    )
+
+
+def _refuse_parted_rows(collection: EmbeddingCollection, table: EmbeddingConfig, config: ShardingConfig) -> None:
+    """Refuse parts of rows under an optimizer that has one number per row: each part would have its own."""
+    name = table.feature_names[0]
+    classes = getattr(collection.embeddings[table.name].weight, "_optimizer_classes", ())
+    if RowWiseAdagrad in classes and "column_wise" in config.types_of(name, ""):
+        raise ValueError(
+            f"sharding.types: 'column_wise' may cut table {name!r}, whose optimizer row_wise_adagrad keeps one number "
+            "per row, and each part would keep its own; choose 'adagrad' for it, or leave its rows whole."
+        )
+
+
+def _constraints(
+    table: EmbeddingConfig,
+    config: ShardingConfig,
+    settings: TablesConfig,
+    device_type: str,
+    ids_per_step: Mapping[str, int],
+) -> ParameterConstraints:
+    """What the planner may do with one table."""
+    name = table.feature_names[0]
+    output = settings.output_dtype_of(name)
+    cache_share = config.cache_share_of(name)
+    on_ssd = "key_value" in config.kernels_of(name)
+    return ParameterConstraints(
+        sharding_types=list(config.types_of(name, device_type)),
+        compute_kernels=list(config.kernels_of(name)),
+        min_partition=min(config.min_columns, table.embedding_dim),
+        pooling_factors=[float(ids_per_step.get(name, 1))],
+        output_dtype=None if output == "fp32" else DATA_TYPES[output],
+        cache_params=CacheParams(load_factor=cache_share, prefetch_pipeline=config.prefetch) if cache_share else None,
+        key_value_params=KeyValueParams(ssd_storage_directory=config.ssd_folder) if on_ssd else None,
+    )
+
+
+def sharders(config: ShardingConfig, device: torch.device) -> list[Any]:
+    """Who shards what: typed by TorchRec for its base classes only."""
+    comms = QCommsConfig(
+        forward_precision=CommType(config.forward_comms), backward_precision=CommType(config.backward_comms)
+    )
+    return [EmbeddingCollectionSharder(qcomm_codecs_registry=get_qcomm_codecs_registry(comms, device=device))]
+
+
+def planner_topology(
+    world_size: int, local_world_size: int, device_type: str, hardware: Mapping[str, float | None]
+) -> Topology:
+    """A world as the planner sees it.
+
+    Args:
+        world_size: Ranks.
+        local_world_size: Ranks of a node.
+        device_type: ``cuda`` or ``cpu``.
+        hardware: Fields of TorchRec's `HardwareConfig`: bytes, and bytes per millisecond.
+    """
+    given: dict[str, Any] = {name: value for name, value in hardware.items() if value is not None}
+    sizes: dict[str, Any] = {"world_size": world_size, "local_world_size": local_world_size}
     factory = getattr(planner_types, "TopologyFactory", None)
     if factory is None:  # TorchRec before 1.8 has the constructor only; from 1.8 on that one warns
-        return Topology(compute_device=device.type, hbm_cap=hbm, **sizes)
+        return Topology(
+            compute_device=device_type, **sizes, **{name.removesuffix("_bytes"): value for name, value in given.items()}
+        )
     return factory.create_topology(
-        trainer_config=planner_types.TrainerConfig(hbm_cap_bytes=hbm, **sizes),
-        kernel_config=planner_types.KernelConfig(compute_device=device.type),
+        trainer_config=planner_types.TrainerConfig(**sizes),
+        hardware_config=planner_types.HardwareConfig(**given),
+        kernel_config=planner_types.KernelConfig(compute_device=device_type, use_hardware_based_bandwidth=True),
     )
 
 
-def shard(model: nn.Module, plan: ShardingPlan, device: torch.device) -> DistributedModelParallel:
-    """Shard the embedding collections by the plan and wrap the rest data-parallel."""
-    sharded = DistributedModelParallel(
-        module=model, device=device, plan=plan, sharders=_sharders(), init_parameters=True
-    )
-    if device.type == "cpu" and dist.get_world_size() > 2:
+def shard(
+    model: nn.Module, plan: ShardingPlan, device: torch.device, config: ShardingConfig | None = None
+) -> DistributedModelParallel:
+    """Shard the embedding collections by the plan and wrap the rest data-parallel.
+
+    Args:
+        model: The unsharded model.
+        plan: What `make_plan` gave.
+        device: Device of this rank.
+        config: What `make_plan` was given.
+    """
+    config = config or ShardingConfig()
+    world = dist.get_world_size()
+    arguments: dict[str, Any] = {"module": model, "device": device, "plan": plan, "init_parameters": True}
+    arguments["sharders"] = sharders(config, device)
+    if config.group_size is not None and config.group_size != world:
+        return DMPCollection(
+            **arguments,
+            world_size=world,
+            sharding_group_size=config.group_size,
+            global_pg=dist.distributed_c10d._get_default_group(),
+        )
+    sharded = DistributedModelParallel(**arguments)
+    if device.type == "cpu" and world > 2:
         average_in_rank_order(sharded)
     return sharded
 
 
-def local_shards(model: nn.Module) -> dict[str, tuple[Tensor, int]]:
-    """This rank's part of every sharded table.
-
-    Returns:
-        Table name to (local weights `[rows, dim]`, first row).
-
-    Raises:
-        ValueError: For a table whose shards are not whole rows; on all ranks alike.
-    """
-    found: dict[str, tuple[Tensor, int]] = {}
-    for name, value in model.state_dict().items():
-        if not isinstance(value, ShardedTensor):
-            continue
-        table = name.removesuffix(".weight").rsplit(".", 1)[-1]
-        if any(part.shard_sizes[1] != value.size()[1] for part in value.metadata().shards_metadata):
-            raise ValueError(
-                f"table {table}: its shards hold parts of rows, but weights are drawn and read by rows; shard it "
-                "row-wise or table-wise."
-            )
-        for part in value.local_shards():
-            found[table] = (part.tensor, part.metadata.shard_offsets[0])
-    return found
+def precision_of(table: EmbeddingConfig) -> Precision:
+    """Precision of a table's weights."""
+    return next(name for name, kind in DATA_TYPES.items() if kind == table.data_type)  # type: ignore[return-value]
 
 
-@torch.no_grad()
-def initialise_tables(model: nn.Module, std: Mapping[str, float], seed: int) -> None:
-    """Draw the tables' initial weights from streams keyed by (seed, table, block of rows).
-
-    So the same row starts with the same weights on any number of ranks. Row 0 of a table, the row of unknown and rare
-    values, starts at zero: a value that was never trained should say nothing.
-
-    Args:
-        model: The sharded model.
-        std: Standard deviation of each table's weights; other tables are left alone.
-        seed: Seed of the run.
-    """
-    for table, (weight, first) in local_shards(model).items():
-        if table not in std:
-            continue
-        last = first + len(weight)
-        for block in range(first // _BLOCK, -(-last // _BLOCK)):
-            stream = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{table}/{block}".encode()))
-            start, stop = max(block * _BLOCK, first), min((block + 1) * _BLOCK, last)
-            drawn = torch.randn(stop - block * _BLOCK, weight.shape[1], generator=stream) * std[table]
-            weight[start - first : stop - first] = drawn[start - block * _BLOCK :].to(weight)
-        if first == 0 and len(weight):
-            weight[0] = 0.0
-
-
-@torch.no_grad()
-def load_rows(model: nn.Module, readers: Mapping[str, Callable[[int, int], Tensor]], chunk_rows: int = _BLOCK) -> None:
-    """Fill tables from stores, each rank reading only the rows of its own shard.
-
-    Args:
-        model: The sharded model.
-        readers: Table to a function that returns its rows `start` to `stop`, `[stop - start, width]` with a width of
-            at most the table's.
-        chunk_rows: Rows read at once.
-    """
-    for table, (weight, first) in local_shards(model).items():
-        if table not in readers:
-            continue
-        for start in range(0, len(weight), chunk_rows):
-            stop = min(start + chunk_rows, len(weight))
-            rows = readers[table](first + start, first + stop)
-            weight[start : start + len(rows), : rows.shape[1]] = rows.to(weight)
-        logger.info("table %s: rows %d to %d read from its store", table, first, first + len(weight))
-
-
-def describe(plan: ShardingPlan) -> str:
-    """A plan as lines of text: table, sharding type, kernel, ranks."""
-    lines = []
-    for path, module in plan.plan.items():
-        for table, parameter in module.items():  # type: ignore[attr-defined]
-            ranks = sorted(set(parameter.ranks or []))
-            lines.append(f"{path}.{table}: {parameter.sharding_type}, {parameter.compute_kernel}, ranks {ranks}")
-    return "\n".join(lines)
+def _collections(model: nn.Module) -> list[EmbeddingCollection]:
+    return [module for module in model.modules() if isinstance(module, EmbeddingCollection)]

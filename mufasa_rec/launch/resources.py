@@ -6,22 +6,24 @@ scheduler can give out, some less than a vendor states; a node of another make i
 
 from torchx.specs import Resource
 
+from mufasa_rec.launch.preflight import ACCELERATOR
+
 MB_PER_GB = 1024
 
 
 def h100x8() -> Resource:
     """Eight H100 of 80 GB, 96 physical cores or twice as many virtual ones."""
-    return Resource(cpu=96, gpu=8, memMB=1800 * MB_PER_GB)
+    return Resource(cpu=96, gpu=8, memMB=1800 * MB_PER_GB, capabilities={ACCELERATOR: "H100"})
 
 
 def h200x8() -> Resource:
     """Eight H200 of 141 GB, 96 physical cores or twice as many virtual ones."""
-    return Resource(cpu=96, gpu=8, memMB=1800 * MB_PER_GB)
+    return Resource(cpu=96, gpu=8, memMB=1800 * MB_PER_GB, capabilities={ACCELERATOR: "H200"})
 
 
 def a100x8() -> Resource:
     """Eight A100 of 40 or 80 GB, 96 virtual cores."""
-    return Resource(cpu=90, gpu=8, memMB=1000 * MB_PER_GB)
+    return Resource(cpu=90, gpu=8, memMB=1000 * MB_PER_GB, capabilities={ACCELERATOR: "A100"})
 
 
 def cpu() -> Resource:

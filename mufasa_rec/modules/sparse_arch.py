@@ -16,6 +16,9 @@ from torchrec.modules.embedding_configs import DataType, EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingCollection
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
+from mufasa_rec.distributed.sharding import DATA_TYPES
+from mufasa_rec.distributed.table_config import Precision
+
 CONTENT = "content"
 
 
@@ -27,11 +30,17 @@ class TableConfig:
         name: Name of the feature, and of the table with `t_` before it (dots become underscores).
         num_embeddings: Rows.
         dim: Width; None for that of the arch.
+        weight_dtype: Precision of the weights.
+        output_dtype: Precision of the vectors that are looked up.
+        frozen: Whether it is only looked up, without gradient.
     """
 
     name: str
     num_embeddings: int
     dim: int | None = None
+    weight_dtype: Precision = "fp32"
+    output_dtype: Precision = "fp32"
+    frozen: bool = False
 
     def __post_init__(self) -> None:
         if self.num_embeddings < 1:
@@ -68,8 +77,8 @@ class SparseArch(nn.Module):
     """All lookups of a batch.
 
     Args:
-        tables: Trained tables, at least one of width `dim`.
-        dim: Width of the trained tables that have none of their own.
+        tables: Tables of ids and categoricals, in groups of one width and output precision.
+        dim: Width of the tables that have none of their own.
         contents: Frozen content tables.
         device: Where to make the weights; ``meta`` leaves it to the sharding.
 
@@ -85,12 +94,15 @@ class SparseArch(nn.Module):
     ) -> None:
         super().__init__()
         self.widths = {content.modality: content.width for content in contents}
-        trained: dict[int, list[EmbeddingConfig]] = {dim: []}
-        for table in tables:  # one collection holds tables of one width only
-            trained.setdefault(table.dim or dim, []).append(_trained(table, table.dim or dim))
-        self.ids = EmbeddingCollection(tables=trained.pop(dim), device=device)
+        trained = _groups([table for table in tables if not table.frozen], dim)
+        first = f"dim_{dim}" if f"dim_{dim}" in trained else next(iter(trained), None)
+        self.ids = None if first is None else EmbeddingCollection(tables=trained.pop(first), device=device)
         self.others = nn.ModuleDict(
-            {f"dim_{other}": EmbeddingCollection(tables=group, device=device) for other, group in trained.items()}
+            {name: EmbeddingCollection(tables=group, device=device) for name, group in trained.items()}
+        )
+        frozen = _groups([table for table in tables if table.frozen], dim)
+        self.frozen = nn.ModuleDict(
+            {name: EmbeddingCollection(tables=group, device=device) for name, group in frozen.items()}
         )
         groups: dict[int, list[EmbeddingConfig]] = {}
         for content in contents:
@@ -102,12 +114,22 @@ class SparseArch(nn.Module):
     @property
     def trained(self) -> nn.ModuleList:
         """The collections that learn."""
-        return nn.ModuleList([self.ids, *self.others.values()])
+        return nn.ModuleList([*([] if self.ids is None else [self.ids]), *self.others.values()])
+
+    @property
+    def untrained(self) -> nn.ModuleList:
+        """The collections that are only looked up."""
+        return nn.ModuleList([*self.frozen.values(), *self.content.values()])
 
     @property
     def trained_tables(self) -> list[str]:
         """Names of the tables that learn."""
         return [name.split(".")[-2] for name, _ in self.trained.named_parameters()]
+
+    @property
+    def drawn_tables(self) -> list[str]:
+        """Names of the tables whose weights are drawn, not read from a store: those that learn, and frozen ones."""
+        return [*self.trained_tables, *(name.split(".")[-2] for name, _ in self.frozen.named_parameters())]
 
     def forward(self, features: KeyedJaggedTensor) -> list[dict[str, JaggedTensor]]:
         """Look up every feature.
@@ -116,22 +138,24 @@ class SparseArch(nn.Module):
             features: Ids of every feature of every table.
 
         Returns:
-            One dict per collection, feature to JaggedTensor, those of content without gradient. They are
-            left apart because under TorchRec's tracer they are promises that cannot be looked into; `merge` joins them
-            where the tracer does not look.
+            One dict per collection, feature to JaggedTensor, those of frozen tables and content without gradient.
+            They are left apart because under TorchRec's tracer they are promises that cannot be looked into; `merge`
+            joins them where the tracer does not look.
         """
-        looked_up = [self.ids(features)]
+        looked_up = [] if self.ids is None else [self.ids(features)]
         for collection in self.others.values():
             looked_up.append(collection(features))
         with torch.no_grad():
+            for collection in self.frozen.values():
+                looked_up.append(collection(features))
             for collection in self.content.values():
                 looked_up.append(collection(features))
         return looked_up
 
 
 def merge(looked_up: Sequence[dict[str, JaggedTensor]]) -> dict[str, Tensor]:
-    """Join the dicts of `SparseArch.forward` into feature to values, `[number of ids, dim]`."""
-    return {name: jagged.values() for found in looked_up for name, jagged in found.items()}
+    """Join the dicts of `SparseArch.forward` into feature to fp32 values, `[number of ids, dim]`."""
+    return {name: jagged.values().float() for found in looked_up for name, jagged in found.items()}
 
 
 def table_name(feature: str) -> str:
@@ -139,7 +163,17 @@ def table_name(feature: str) -> str:
     return "t_" + feature.replace(".", "_")
 
 
-def _trained(table: TableConfig, dim: int) -> EmbeddingConfig:
+def _groups(tables: Sequence[TableConfig], dim: int) -> dict[str, list[EmbeddingConfig]]:
+    """Tables that one collection can hold: of one width, with vectors of one precision."""
+    groups: dict[str, list[EmbeddingConfig]] = {}
+    for table in tables:
+        width = table.dim or dim
+        name = f"dim_{width}" if table.output_dtype == "fp32" else f"dim_{width}_{table.output_dtype}"
+        groups.setdefault(name, []).append(_drawn(table, width))
+    return groups
+
+
+def _drawn(table: TableConfig, dim: int) -> EmbeddingConfig:
     def init(weight: Tensor) -> Tensor:
         return nn.init.normal_(weight, std=1.0 / math.sqrt(dim))
 
@@ -148,6 +182,7 @@ def _trained(table: TableConfig, dim: int) -> EmbeddingConfig:
         feature_names=[table.name],
         num_embeddings=table.num_embeddings,
         embedding_dim=dim,
+        data_type=DATA_TYPES[table.weight_dtype],
         init_fn=init,
     )
 

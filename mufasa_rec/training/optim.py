@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mufasa_rec.distributed.sharding import TableOptimizerConfig
+from mufasa_rec.distributed.table_config import TableOptimizerConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +72,7 @@ class TrainOptimizer:
         if slow:
             groups += _groups({name: dense[name] for name in slow}, config.weight_decay, config.fusion_share)
         self.dense = torch.optim.AdamW(groups, lr=config.learning_rate, foreach=True)
+        self.table_rates = [group["lr"] for group in fused.param_groups]  # peaks; a frozen table's is 0
         self.num_steps = 0
         self.grad_norm: Tensor = torch.zeros(())
         self._set_learning_rates()
@@ -123,16 +124,15 @@ class TrainOptimizer:
     def resume(self, num_steps: int) -> None:
         """Stand where the run stood after `num_steps` steps; the tensors are read by the checkpoint."""
         self.num_steps = num_steps
-        if self.config.tables.name == "adam":
-            self.fused.set_optimizer_step(num_steps)  # its bias correction counts steps
+        self.fused.set_optimizer_step(num_steps)  # Adam's bias correction counts steps
         self._set_learning_rates()
 
     def _set_learning_rates(self) -> None:
         share = self.share(self.num_steps)
         for group in self.dense.param_groups:
             group["lr"] = self.config.learning_rate * share * group["share"]
-        for group in self.fused.param_groups:
-            group["lr"] = self.config.tables.learning_rate * share
+        for group, peak in zip(self.fused.param_groups, self.table_rates):
+            group["lr"] = peak * share
         self.fused.step()  # FBGEMM takes the learning rate here; the update itself happens in the backward
 
 

@@ -18,7 +18,7 @@ from mufasa_rec.data import paths
 from mufasa_rec.data.row_ids import RowIds
 from mufasa_rec.distributed.agreement import on_all_ranks
 from mufasa_rec.distributed.collectives import RankExchange
-from mufasa_rec.distributed.sharding import local_shards
+from mufasa_rec.distributed.table_rows import TableShard, local_shards
 from mufasa_rec.training.table_sources import TableSource, open_source
 from mufasa_rec.training.warm_start_plan import TableCopy, WarmStartConfig, plan
 
@@ -66,8 +66,8 @@ def warm_start(
 
     def fill() -> None:
         for copy in copies:
-            if ids[copy.table].parameter in shards:
-                _copy_rows(copy, *shards[ids[copy.table].parameter])
+            for shard in shards.get(ids[copy.table].parameter, ()):
+                _copy_rows(copy, shard)
         if source is not None:
             _copy_modules(weights, modules, source)
 
@@ -101,8 +101,9 @@ def _modules(model: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _copy_rows(copy: TableCopy, weight: Tensor, first: int) -> None:
-    """Fill this rank's shard: its rows in the order in which they lie in the source, a chunk at a time."""
+def _copy_rows(copy: TableCopy, shard: TableShard) -> None:
+    """Fill a shard of this rank: its rows in the order in which they lie in the source, a chunk at a time."""
+    weight, first, column, _ = shard
     mine = np.flatnonzero((copy.rows >= first) & (copy.rows < first + len(weight)))
     mine = mine[np.argsort(copy.places[mine], kind="stable")]
     chunk = max(_CHUNK_BYTES // (copy.source.dim * copy.source.dtype.itemsize), 1)
@@ -115,7 +116,8 @@ def _copy_rows(copy: TableCopy, weight: Tensor, first: int) -> None:
                 f"table {copy.table}: {bad} of {len(found)} rows read from {copy.source.name} hold NaN or infinite "
                 "values; repair or leave them out."
             )
-        weight[torch.from_numpy(copy.rows[part] - first).to(weight.device)] = found.to(weight)
+        columns = found[:, column : column + weight.shape[1]]
+        weight[torch.from_numpy(copy.rows[part] - first).to(weight.device)] = columns.to(weight)
 
 
 @torch.no_grad()

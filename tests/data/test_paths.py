@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 
 import fsspec
@@ -71,3 +72,19 @@ def test_object_store_is_written_listed_and_copied() -> None:
         assert file.read() == b"a"
     assert paths.local_copy(paths.join(url, "sub", "a.parquet")).read_text() == "a"
     fsspec.filesystem("memory").rm("/test_paths", recursive=True)
+
+
+@pytest.mark.parametrize("place", ["new/deep", "bucket"])
+def test_look_at_whether_a_folder_can_be_written_leaves_nothing(place: str, tmp_path: Path) -> None:
+    url = f"memory://probe-{os.getpid()}" if place == "bucket" else str(tmp_path / place)
+    paths.try_to_write(url)
+    assert not list(tmp_path.iterdir())
+    assert paths.list_files(url) == []
+
+
+def test_folder_below_a_file_or_in_a_closed_place_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"cannot be written, .*/file: no folder"):
+        paths.try_to_write(tmp_path / "file" / "a" / "b")
+    with pytest.raises(OSError, match="cannot be written, /proc: "):
+        paths.try_to_write("/proc/a")

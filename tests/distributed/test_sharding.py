@@ -6,7 +6,6 @@ import logging
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -34,7 +33,7 @@ def sharded(env: DistributedEnv, config: RunConfig) -> tuple[assembly.OpenDatase
 
 def shards_of(env: DistributedEnv, config: RunConfig) -> Shards:
     _, model = sharded(env, config)
-    return {name: (weight.clone(), first) for name, (weight, first) in sharding.local_shards(model).items()}
+    return {name: (part.weight.clone(), part.first) for name, (part,) in sharding.local_shards(model).items()}
 
 
 def whole(parts: list[Shards]) -> dict[str, torch.Tensor]:
@@ -86,7 +85,7 @@ def rows_read(env: DistributedEnv, config: RunConfig) -> tuple[list[tuple[int, i
         return data.catalog.stores["title"].read(start, stop)
 
     sharding.load_rows(model, {"t_content_title": read}, chunk_rows=7)
-    weight, first = sharding.local_shards(model)["t_content_title"]
+    ((weight, first, *_),) = sharding.local_shards(model)["t_content_title"]
     return asked, (first, first + len(weight))
 
 
@@ -133,31 +132,3 @@ def test_adam_is_refused_on_a_cpu_before_anything_is_written(dataset: str, tmp_p
     assert "optimizer.tables.name='adam'" in said
     assert "row_wise_adagrad" in said
     assert not (tmp_path / "run").exists()
-
-
-class ColumnWise:
-    """A state dict with a table whose shards hold parts of rows."""
-
-    def __init__(self, tensor: Any) -> None:
-        self.tensor = tensor
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"ids.t_item.weight": self.tensor}
-
-
-def column_wise(env: DistributedEnv) -> str:
-    from torch.distributed._shard import sharded_tensor
-    from torch.distributed._shard.sharding_spec import ChunkShardingSpec
-
-    spec = ChunkShardingSpec(dim=1, placements=["rank:0/cpu", "rank:1/cpu"])
-    table = sharded_tensor.zeros(spec, 4, 8)
-    try:
-        sharding.local_shards(ColumnWise(table))  # type: ignore[arg-type]
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
-def test_column_wise_table_is_refused_on_all_ranks() -> None:
-    for said in run_ranks(column_wise, 2):
-        assert "table t_item: its shards hold parts of rows" in said

@@ -115,7 +115,7 @@ def test_every_parameter_has_a_gradient(interest: str, lengths: list[int], candi
     loss, _ = model(make_batch(lengths, candidates))
     loss.backward()
     assert all(torch.isfinite(g).all() for g in gradients(model.dense.parameters()))
-    assert all(torch.isfinite(g).all() for g in gradients(model.sparse.ids.parameters()))
+    assert all(torch.isfinite(g).all() for g in gradients(model.sparse.trained.parameters()))
     assert not any(p.grad is not None for p in model.sparse.content.parameters())
 
 

@@ -92,7 +92,7 @@ def history_of(model: Retriever, batch: Batch) -> tuple[Items, History]:
 
 
 def table_of(model: Retriever, name: str) -> Tensor:
-    return model.sparse.ids.get_parameter(f"embeddings.{name}.weight")
+    return model.sparse.trained.get_parameter(f"0.embeddings.{name}.weight")
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -137,7 +137,7 @@ def test_every_parameter_has_a_gradient_on_every_rank(lengths: list[int], full: 
     loss, _ = model(make_batch(lengths))
     loss.backward()
     assert all(torch.isfinite(g).all() for g in gradients(model.dense.parameters()))
-    assert all(torch.isfinite(g).all() for g in gradients(model.sparse.ids.parameters()))
+    assert all(torch.isfinite(g).all() for g in gradients(model.sparse.trained.parameters()))
     assert not any(parameter.grad is not None for parameter in model.sparse.content.parameters())
 
 

@@ -93,7 +93,7 @@ def test_batch_without_ids_has_no_rows() -> None:
 def test_initial_weights_are_small_and_content_starts_at_zero() -> None:
     arch = SparseArch(TABLES, 8, CONTENTS, torch.device("cpu"))
     assert all((parameter == 0).all() for parameter in arch.content.parameters())
-    assert all(0 < parameter.std() < 1 for parameter in arch.ids.parameters())
+    assert all(0 < parameter.std() < 1 for parameter in arch.trained.parameters())
 
 
 def test_tables_on_meta_hold_no_memory() -> None:

@@ -21,7 +21,7 @@ from mufasa_rec.launch.schedulers.kubernetes import create_scheduler
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 GOLDEN = Path(__file__).resolve().parent / "golden" / "kubernetes"
-COMPONENTS = ("prepare", "train", "fuse", "evaluate", "export")
+COMPONENTS = ("prepare", "train", "fuse", "evaluate", "export", "chain")
 APP_ID = "name-of-the-job"
 # The overlay that the page gives as an example.
 OVERLAY = (ROOT / "docs" / "kubernetes.md").read_text().partition("```yaml\n")[2].partition("```")[0]
@@ -31,7 +31,7 @@ def make_app(component: str, *script_args: str, **options: Any) -> specs.AppDef:
     """Call a component as TorchX does, for a job of two nodes in a container."""
     function = getattr(importlib.import_module(f"components.{component}"), component)
     options = {"j": "2x8", "gpu": 8, "cpu": 96, "memMB": 1_000_000, "image": "registry/mufasa:1", **options}
-    return function(*script_args, python="python", **options)
+    return function(*script_args, python="python", **{"no_preflight": True, **options})
 
 
 @pytest.fixture
@@ -65,7 +65,9 @@ def pod_of(manifest: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("component", COMPONENTS)
 def test_manifests_of_a_component_are_as_written_down(component: str, dry_run: Any, overlay: str) -> None:
     cfg = {"overlay": overlay, "shm_size": "64Gi", "pull_secret": "registry"}
-    request = dry_run(make_app(component, "--run", "s3://b/a run $(x)", max_retries=2), **cfg)
+    secrets = ["TOKEN=store/token", "/var/keys=keys"]
+    app = make_app(component, "--run", "s3://b/a run $(x)", max_retries=2, network="efa", secrets=secrets)
+    request = dry_run(app, **cfg)
     for manifest in (request.resource, *request.plain):
         assert problems(manifest) == []
     path, found = GOLDEN / f"{component}.yaml", f"{request}"

@@ -158,6 +158,7 @@ def test_torchx_itself_runs_shows_lists_and_cancels_a_job(stand_in: StandIn, sit
 
     def run(*options: str) -> subprocess.CompletedProcess[str]:
         program = ("components.train:train", "-j", "1x1", "--python", sys.executable, "--rdzv_port", str(free_port()))
+        program = (*program, "--no_preflight", "True")
         return torchx("run", "-s", "kubernetes", "--workspace=", *options, *program, "--", "--no-such-flag")
 
     refused = run("-cfg", "queue=typo")

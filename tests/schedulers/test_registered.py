@@ -14,7 +14,7 @@ from tests.helpers.installed import ROOT, torchx
 from tests.helpers.slurm_cluster import free_ports
 from tests.test_components import PROGRAM
 
-COMPONENTS = ("prepare", "train", "fuse", "evaluate", "export")
+COMPONENTS = ("prepare", "train", "fuse", "evaluate", "export", "chain")
 
 
 def entry_points(site: Path, group: str) -> dict[str, str]:
@@ -42,7 +42,8 @@ def test_torchx_explains_the_options_of_a_scheduler(site: Path, tmp_path: Path, 
 
 @pytest.mark.parametrize(("name", "gpus"), [("h100x8", 8), ("h200x8", 8), ("a100x8", 8), ("cpu", 0)])
 def test_common_machines_have_names(site: Path, tmp_path: Path, name: str, gpus: int) -> None:
-    shown = torchx(site, "run", "-s", "slurm", "--dryrun", "components.train:train", "-h", name, cwd=tmp_path)
+    options = ("--dryrun", "-cfg", "preflight=False")
+    shown = torchx(site, "run", "-s", "slurm", *options, "components.train:train", "-h", name, cwd=tmp_path)
     assert shown.returncode == 0, shown.stderr
     assert (f"--gpus-per-node={gpus}" in shown.stdout) == (gpus > 0)
 

@@ -12,7 +12,7 @@ import pytest
 from torchx import specs
 from torchx.schedulers.api import Stream
 
-from components.train import train
+from components.train import NETWORKS, train
 from mufasa_rec.launch.refusal import LaunchRefusedError
 from mufasa_rec.launch.resources import h100x8
 from mufasa_rec.launch.schedulers.slurm import SlurmScheduler, create_scheduler
@@ -34,7 +34,8 @@ def script_of(scheduler: SlurmScheduler, app: specs.AppDef, **options: Any) -> s
 
 
 def app_of(*arguments: str, **options: Any) -> specs.AppDef:
-    app = train(*arguments, python="python", **options)
+    given: dict[str, Any] = {"no_preflight": True, **options}
+    app = train(*arguments, python="python", **given)
     app.roles[0].resource = h100x8() if options.get("gpu") is None else app.roles[0].resource
     return app
 
@@ -43,7 +44,13 @@ def test_script_is_the_one_on_file(scheduler: SlurmScheduler) -> None:
     script = script_of(
         scheduler,
         app_of(
-            "--run", "/shared/runs/a b", j="2x8", name="night", max_retries=3, env={"NCCL_SOCKET_IFNAME": "ib0,ib1"}
+            *("--run", "/shared/runs/a b"),
+            j="2x8",
+            name="night",
+            max_retries=3,
+            network="ib",
+            env={"NCCL_SOCKET_IFNAME": "ib0,ib1"},
+            secrets=["WANDB_API_KEY"],
         ),
         partition="gpu",
         account="rec",
@@ -55,8 +62,23 @@ def test_script_is_the_one_on_file(scheduler: SlurmScheduler) -> None:
         extra="--nice=10 --exclude=n7",
         log_dir="/shared/logs",
     )
-    file = GOLDEN / "train_2x8.sbatch"
-    assert script == file.read_text(), f"if that is meant, write it to {file.name}"
+    assert_as_on_file(script, "train_2x8.sbatch")
+
+
+def test_variables_of_every_network_are_those_on_file(scheduler: SlurmScheduler) -> None:
+    lines = []
+    for network in NETWORKS:
+        exported = [line for line in script_of(scheduler, app_of(network=network)).splitlines() if "export " in line]
+        lines += [f"# {network}", *(line for line in exported if line.partition(" ")[2].startswith(("NCCL", "FI_")))]
+    assert_as_on_file("\n".join([*lines, ""]), "networks.sh")
+
+
+def assert_as_on_file(text: str, name: str) -> None:
+    """Compare with a golden file, or write it anew with REWRITE_GOLDEN=1, to be read in the diff."""
+    file = GOLDEN / name
+    if os.environ.get("REWRITE_GOLDEN"):
+        file.write_text(text)
+    assert text == file.read_text(), f"if that is meant, REWRITE_GOLDEN=1 writes {file.name} anew; read the diff"
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")

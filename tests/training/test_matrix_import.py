@@ -36,7 +36,7 @@ def make_model(env: DistributedEnv, rows: int, dim: int, kind: Any = "row_wise")
     sharding.fuse_optimizer(ids, TableOptimizerConfig(name="sgd"))
     plan = sharding.make_plan(model, env.device, ShardingConfig(types=(kind,)))
     sharded = sharding.shard(model, plan, env.device)
-    for weight, _ in local_shards(sharded).values():
+    for ((weight, *_),) in local_shards(sharded).values():
         weight.fill_(0.5)
     return sharded
 
@@ -51,7 +51,9 @@ def start(env: DistributedEnv, ids: np.ndarray, dim: int, file: str, kind: Any =
         )
     except ValueError as refused:
         error = str(refused)
-    weight, first = local_shards(model).get("t_item", (torch.empty(0, dim), 0))
+    weight, first = torch.empty(0, dim), 0
+    for part in local_shards(model).get("t_item", ()):
+        weight, first = part.weight, part.first
     return {"weight": weight.clone(), "first": first, "bytes": read["item"], "error": error}
 
 
@@ -68,7 +70,7 @@ def start_large(env: DistributedEnv, file: str) -> tuple[int, int, float, bool]:
     before = peak_mib()
     read = warm_start(model, WarmStartConfig(matrices=(f"item={file}",)), ids, exchange)
     growth = peak_mib() - before
-    ((weight, first),) = local_shards(model).values()
+    (((weight, first, *_),),) = local_shards(model).values()
     expected = torch.arange(first, first + len(weight), dtype=torch.float32)
     return read["item"], weight.nbytes, growth, bool((weight == expected[:, None]).all())
 

@@ -16,6 +16,7 @@ import pytest
 from mufasa_rec.config import CONFIG_FILE, save_config
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import metrics_of, small_config, train_in
+from torchx_apps.train import main
 
 
 def test_run_under_torchrun_logs_its_own_lines_only(dataset: str, tmp_path: Path) -> None:
@@ -28,11 +29,19 @@ def test_run_under_torchrun_logs_its_own_lines_only(dataset: str, tmp_path: Path
     )
     assert done.returncode == 0, done.stderr
     assert "max_history=12: rows have targets further back" in done.stderr  # the one warning that is ours
-    told = ("torchx_apps", "mufasa_rec", "__main__", "sparse.")
+    told = ("torchx_apps", "mufasa_rec", "__main__")
     strange = [line for line in done.stderr.splitlines() if line.strip() and not any(name in line for name in told)]
     assert not strange
     assert [line["step"] for line in metrics_of(tmp_path / "run", "train")] == [2, 4]
     assert len(metrics_of(tmp_path / "run", "validation")) == 1
+
+
+def test_checkpoints_that_could_not_be_written_are_refused_before_the_first_step(dataset: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    told = ["--preset", "demo", "--data.dataset", dataset, "--run", str(tmp_path / "run")]
+    with pytest.raises(SystemExit, match=r"checkpoint.folder='.*/file/here': cannot be written, .*/file: no folder"):
+        main([*told, "--checkpoint.folder", str(tmp_path / "file" / "here")])
+    assert list((tmp_path / "run").iterdir()) == []
 
 
 def test_bf16_run_learns(dataset: str, tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def trained(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run
 
 
 def shards(model: torch.nn.Module) -> dict[str, tuple[torch.Tensor, int]]:
-    return {name: (weight.clone(), first) for name, (weight, first) in local_shards(model).items()}
+    return {name: (part.weight.clone(), part.first) for name, (part,) in local_shards(model).items()}
 
 
 def start(
@@ -184,7 +184,7 @@ def refusals(env: DistributedEnv, config: RunConfig, cases: list[tuple[WarmStart
         with pytest.raises(ValueError) as refused:
             warm_start(model, warm, other, exchange)
         said.append(str(refused.value))
-    assert all(torch.equal(weight, before[name][0]) for name, (weight, _) in local_shards(model).items())
+    assert all(torch.equal(part.weight, before[name][0]) for name, (part,) in local_shards(model).items())
     return said
 
 

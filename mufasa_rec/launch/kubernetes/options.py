@@ -7,12 +7,14 @@ from typing import Any
 from torchx.specs import AppDef
 
 from mufasa_rec.launch.kubernetes.overlay import read_overlay
+from mufasa_rec.launch.notes import notes_of
+from mufasa_rec.launch.preflight import patience_s
 from mufasa_rec.launch.refusal import LaunchRefusedError
+from mufasa_rec.launch.secrets import Secret
 
 # From the launcher's patience to the end of the pod: the logs are closed and the program's exit code is kept.
 MARGIN_S = 15
 _KUBERNETES_GRACE_S = 30
-_PATIENCE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +27,7 @@ class PodOptions:
         shm_size: Size of /dev/shm; none: as much as the container's memory.
         pull_secret: Secret that the image is pulled with.
         overlay: Parts of the overlay file.
+        secrets: Of each role, by its name.
     """
 
     grace_s: int
@@ -32,6 +35,7 @@ class PodOptions:
     shm_size: str | None = None
     pull_secret: str | None = None
     overlay: Mapping[str, Any] = field(default_factory=dict)
+    secrets: Mapping[str, tuple[Secret, ...]] = field(default_factory=dict)
 
 
 def pod_options(app: AppDef, cfg: Mapping[str, Any]) -> PodOptions:
@@ -47,14 +51,14 @@ def pod_options(app: AppDef, cfg: Mapping[str, Any]) -> PodOptions:
     Raises:
         LaunchRefusedError: An option is wrong, or the pods would be killed before the program has saved.
     """
-    patience_s = max(_patience_s(role.env) for role in app.roles)
+    wait_s = max(patience_s(role.env) or _KUBERNETES_GRACE_S - MARGIN_S for role in app.roles)
     grace_s = cfg.get("grace_s")
     if grace_s is None:
-        grace_s = patience_s + MARGIN_S
-    elif grace_s < patience_s:
+        grace_s = wait_s + MARGIN_S
+    elif grace_s < wait_s:
         raise LaunchRefusedError(
-            f"grace_s is {grace_s}: the launcher waits {patience_s} s for its processes to save, and the pod would be"
-            f" killed before; give at least {patience_s + MARGIN_S}, or the component a shorter --grace_s"
+            f"grace_s is {grace_s}: the launcher waits {wait_s} s for its processes to save, and the pod would be"
+            f" killed before; give at least {wait_s + MARGIN_S}, or the component a shorter --grace_s"
         )
     ttl_s = cfg.get("ttl_s")
     if ttl_s is not None and ttl_s < 0:
@@ -65,10 +69,5 @@ def pod_options(app: AppDef, cfg: Mapping[str, Any]) -> PodOptions:
         shm_size=cfg.get("shm_size"),
         pull_secret=cfg.get("pull_secret"),
         overlay=read_overlay(cfg.get("overlay")),
+        secrets={role.name: notes_of(role).secrets for role in app.roles},
     )
-
-
-def _patience_s(env: Mapping[str, str]) -> int:
-    """How long a role's launcher waits for its processes to end, by torchrun's own variable."""
-    text = env.get(_PATIENCE, "")
-    return int(text) if text.isdecimal() else _KUBERNETES_GRACE_S - MARGIN_S

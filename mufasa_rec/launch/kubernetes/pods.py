@@ -11,9 +11,11 @@ from torchx.specs import AppDef
 from mufasa_rec.launch.kubernetes.options import PodOptions
 from mufasa_rec.launch.kubernetes.overlay import apply_overlay
 from mufasa_rec.launch.refusal import LaunchRefusedError
+from mufasa_rec.launch.secrets import add_to_pod
 
 logger = logging.getLogger(__name__)
 SHM_PATH = "/dev/shm"
+ROLE_LABEL = "torchx.pytorch.org/role-name"
 
 
 def refuse_unusable_names(app: AppDef) -> None:
@@ -68,6 +70,8 @@ def finished_pod(template: Mapping[str, Any], options: PodOptions) -> dict[str, 
         spec["volumes"] = [_sized(volume, spec, options.shm_size) for volume in spec["volumes"]]
     if options.pull_secret:
         spec["imagePullSecrets"] = [{"name": options.pull_secret}]
+    secrets = options.secrets[template["metadata"]["labels"][ROLE_LABEL]] if options.secrets else ()
+    spec = add_to_pod(spec, secrets) if secrets else spec
     return apply_overlay({**template, "spec": _without_empty(spec)}, options.overlay)
 
 

@@ -18,6 +18,11 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _PORT_NAME = re.compile(r"(?=.*[a-z])[a-z0-9]([-a-z0-9]{0,13}[a-z0-9])?")
 _QUANTITY = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(m|k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei)?")
 _UNITS = ("k", "M", "G", "T", "P", "E")
+# As the registry's specification has it: host, path, tag, digest; upper case is for tags alone.
+_IMAGE = re.compile(
+    r"([a-zA-Z0-9.-]+(:\d+)?/)?[a-z0-9]+((\.|_{1,2}|-+|/)[a-z0-9]+)*(:\w[\w.-]{0,127})?(@sha256:[0-9a-f]{64})?"
+    r"|sha256:[0-9a-f]{64}"
+)
 _FACTORS = {
     None: Decimal(1),
     "m": Decimal("0.001"),
@@ -108,6 +113,8 @@ def _container_problems(container: Mapping[str, Any], volumes: list[str], path: 
     yield from _name_problems(container["name"], f"{path}.name")
     if not container.get("image"):
         yield f"{path}.image is {container.get('image')!r}: give the component an --image"
+    elif not _IMAGE.fullmatch(container["image"]):
+        yield f"{path}.image is {container['image']!r}: no name of an image; give REGISTRY/NAME:TAG, NAME in a-z"
     mounts = container.get("volumeMounts") or []
     for number, mount in enumerate(mounts):
         if mount["name"] not in volumes:

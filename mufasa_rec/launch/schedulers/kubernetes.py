@@ -19,6 +19,8 @@ from torchx.schedulers.kubernetes_scheduler import KubernetesJob, KubernetesSche
 from torchx.specs import AppDef, is_terminal, runopts
 from torchx.util.strings import normalize_str
 
+from mufasa_rec.launch import preflight
+from mufasa_rec.launch.kubernetes import sites
 from mufasa_rec.launch.kubernetes.cluster import Cluster, ClusterRefusedError
 from mufasa_rec.launch.kubernetes.indexed_job import indexed_jobs
 from mufasa_rec.launch.kubernetes.options import pod_options
@@ -87,6 +89,7 @@ class Kubernetes(KubernetesScheduler):
         opts.add("pull_secret", type_=str, default=None, help="Secret that the image is pulled with")
         opts.add("grace_s", type_=int, default=None, help="Seconds to end in; default: the launcher's own, and 15")
         opts.add("ttl_s", type_=int, default=None, help="Seconds that a finished job is kept; default: 7 days")
+        preflight.add_option(opts)
         return opts
 
     def _submit_dryrun(self, app: AppDef, cfg: Any) -> AppDryRunInfo[KubernetesJob]:
@@ -108,6 +111,9 @@ class Kubernetes(KubernetesScheduler):
         )
         for manifest in (request.resource, *request.plain):
             refuse_if_wrong(manifest)
+        for role in app.roles:
+            if preflight.is_wanted(role, cfg):
+                preflight.check_role(role, sites.site_of(role, sites.pod_of(role, request.resource), options))
         return AppDryRunInfo(request, str)
 
     def build_workspace_and_update_role(self, role: Any, workspace: str, cfg: Any) -> None:

@@ -19,7 +19,10 @@ from torchx.schedulers.api import DescribeAppResponse, ListAppResponse, Schedule
 from torchx.specs import AppDef, AppDryRunInfo, ReplicaStatus, Role, RoleStatus, is_terminal, macros, runopts
 from torchx.workspace.dir_workspace import DirWorkspaceMixin
 
+from mufasa_rec.launch import preflight
+from mufasa_rec.launch.notes import notes_of
 from mufasa_rec.launch.refusal import LaunchRefusedError
+from mufasa_rec.launch.slurm import rules
 from mufasa_rec.launch.slurm.jobs import SlurmJob, call, find_job, list_jobs, node_memory_mb
 from mufasa_rec.launch.slurm.script import RANK0_ENV, SlurmRequest, log_name
 
@@ -63,6 +66,7 @@ class SlurmScheduler(DirWorkspaceMixin, Scheduler[Any]):
         opts.add(
             "job_dir", type_=str, default=None, help="new folder, seen by all nodes, into which the code is copied"
         )
+        preflight.add_option(opts)
         return opts
 
     def _submit_dryrun(self, app: AppDef, cfg: Any) -> AppDryRunInfo[SlurmRequest]:
@@ -79,6 +83,8 @@ class SlurmScheduler(DirWorkspaceMixin, Scheduler[Any]):
             raise LaunchRefusedError(
                 f"job_dir is {cfg['job_dir']!r}: no folder was given to copy there; add --workspace file://$PWD."
             )
+        if preflight.is_wanted(role, cfg):
+            preflight.check_role(role, rules.site_of(role, cfg))
         folder = os.path.abspath(cfg.get("log_dir") or cfg.get("job_dir") or ".")
         request = SlurmRequest(
             name=app.name,
@@ -87,6 +93,7 @@ class SlurmScheduler(DirWorkspaceMixin, Scheduler[Any]):
             extra=tuple(shlex.split(cfg.get("extra") or "")),
             log_folder=folder,
             requeue=cfg["requeue"],
+            secrets=rules.variables_of(notes_of(role).secrets),
         )
         return AppDryRunInfo(request, str)
 
@@ -96,6 +103,7 @@ class SlurmScheduler(DirWorkspaceMixin, Scheduler[Any]):
     def schedule(self, dryrun_info: AppDryRunInfo[SlurmRequest]) -> str:
         """Submit a job; returns its number."""
         request = dryrun_info.request
+        rules.refuse_missing_secrets(request.secrets)
         os.makedirs(request.log_folder, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
             file.write(request.script())

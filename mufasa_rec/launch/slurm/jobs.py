@@ -75,6 +75,21 @@ class SlurmJob:
         return STATES.get(self.state, AppState.UNKNOWN)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Preemption:
+    """How a partition treats jobs that have to give way.
+
+    Attributes:
+        partition: Its name.
+        mode: Slurm's word for what becomes of them, such as REQUEUE.
+        grace_s: Seconds that they are given to end.
+    """
+
+    partition: str
+    mode: str
+    grace_s: int
+
+
 def find_job(job_id: str) -> SlurmJob | None:
     """What the controller knows of a job, or else the accounts; None when neither knows it."""
     if not job_id.isdecimal():
@@ -104,6 +119,21 @@ def node_memory_mb(partition: str | None) -> int | None:
     rows = [line.split() for line in (shown or "").splitlines()]
     sizes = [int(size.rstrip("+M")) for name, size in rows if partition or name.endswith("*")]
     return min(sizes, default=None)
+
+
+def preemption_of(partition: str | None) -> Preemption | None:
+    """How a partition (None: the default one) treats jobs that have to give way; None where none has to, or unknown."""
+    shown = _ask("scontrol", "--oneliner", "show", "partition", *([partition] if partition else []))
+    for line in (shown or "").splitlines():
+        found = _values(line)
+        mode = found.get("PreemptMode", "OFF")
+        # A suspended job goes on by itself.
+        if (partition or found.get("Default") == "YES") and re.search("REQUEUE|CANCEL", mode):
+            grace = found.get("GraceTime", "0")
+            return Preemption(
+                partition=found["PartitionName"], mode=mode, grace_s=int(grace) if grace.isdecimal() else 0
+            )
+    return None
 
 
 def call(*command: str) -> str:
@@ -137,9 +167,13 @@ def _accounts(*choice: str) -> list[dict[str, str]]:
     return [dict(zip(ACCOUNT_FIELDS, line.split("|"))) for line in (shown or "").splitlines()]
 
 
-def _of_controller(line: str) -> SlurmJob:
+def _values(line: str) -> dict[str, str]:
     # Values may hold blanks, but none of those that are read here.
-    found = dict(re.findall(r"(?:^| )([\w:/]+)=(\S*)", line))
+    return dict(re.findall(r"(?:^| )([\w:/]+)=(\S*)", line))
+
+
+def _of_controller(line: str) -> SlurmJob:
+    found = _values(line)
     reason = "" if found.get("Reason") == "None" else found.get("Reason", "")
     return SlurmJob(
         id=found["JobId"],

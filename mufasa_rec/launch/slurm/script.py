@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 
 from torchx.specs import Role, macros
 
+from mufasa_rec.launch.preflight import PATIENCE_ENV
+
 RANK0_ENV = "RANK0_HOST"
-GRACE_ENV = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # how long a component gives torchrun to end its processes
 GRACE_S = 60
 # What ends the job's script. A job that is cancelled or past its time has another state by then and is left alone.
 ENDING = """\
@@ -45,6 +46,7 @@ class SlurmRequest:
         sbatch: Options of the job, as `--key=value`; None for a flag.
         extra: More options, as written by the user.
         log_folder: Folder of the logs.
+        secrets: Variables that come from the environment of sbatch, by name.
     """
 
     name: str
@@ -53,6 +55,7 @@ class SlurmRequest:
     log_folder: str
     extra: tuple[str, ...] = ()
     requeue: bool = True
+    secrets: tuple[str, ...] = ()
     command: tuple[str, ...] = field(default=("sbatch", "--parsable"))
 
     def script(self) -> str:
@@ -67,6 +70,7 @@ class SlurmRequest:
                 *(f"#SBATCH {option}" for option in options),
                 "",
                 *(f"export {key}={quoted(value)}" for key, value in sorted(role.env.items())),
+                *self._secrets(),
                 "# The nodes meet at the first one, by its name.",
                 f'{RANK0_ENV}=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
                 f"export {RANK0_ENV}",
@@ -78,6 +82,16 @@ class SlurmRequest:
             ]
         )
 
+    def _secrets(self) -> list[str]:
+        if not self.secrets:
+            return []
+        missing = "is not set in this job: export it before sbatch, which hands the environment on (--export=ALL)"
+        lines = [f': "${{{name}:?{missing}}}"' for name in self.secrets]
+        return [
+            "# Secrets come from the environment that sbatch was called in; their values are nowhere in here.",
+            *lines,
+        ]
+
     def _srun(self) -> list[str]:
         log = quoted(f"{self.log_folder}/{log_name('%j', self.role.name, '%n')}")
         # Slurm 22.05 and newer no longer hand the job's cores on to srun.
@@ -86,7 +100,7 @@ class SlurmRequest:
             "srun --ntasks-per-node=1",
             *([f"--cpus-per-task={cores}"] if cores else []),
             # Not --kill-on-bad-exit, which cuts short the node that still saves.
-            f"--wait={self.role.env.get(GRACE_ENV, GRACE_S)} --output={log} --open-mode=append",
+            f"--wait={self.role.env.get(PATIENCE_ENV, GRACE_S)} --output={log} --open-mode=append",
         ]
 
     def __str__(self) -> str:
