@@ -16,9 +16,8 @@ What is planted:
 - **Returns** (an option, off in the demo). Each session keeps to one genre of the user's, so a genre that was left
   comes back after many other events, and its topics go on where they were: what comes next lies far back, beyond any
   short window, and the session's first event says where to look.
-- **Scattered interests** (an option, off in the demo). Most events are draws by popularity and only now and then one
-  belongs to the user's few topics, the last event nearly always. A short window cannot tell the one from the other; the
-  whole history can, as only the user's own topics come up again and again.
+- **Scattered interests** (an option, off in the demo). A user's many topics take turns in no order, so most were
+  left longer ago than a short window reaches, and each goes on where it was left.
 - **Cold items.** Some items are released just before every user's last event: no training event can reach them, only
   their content says where they belong.
 """
@@ -63,7 +62,6 @@ class SyntheticConfig:
         stay: Probability that an event stays in the topic of the event before.
         step: Parameter of the geometric step along the ring (the next unseen item has this probability).
         noise: Probability that an event is a draw by popularity instead.
-        final_noise: The same for a user's last event; None for that of the others.
         session_end: Probability that an event begins a new session.
         drift: Probability that a new session replaces one topic of the repertoire.
         topics_per_session_genre: Topics that a repertoire holds of each of its genres, when every session keeps to one
@@ -85,7 +83,6 @@ class SyntheticConfig:
     stay: float = 0.2
     step: float = 0.85
     noise: float = 0.03
-    final_noise: float | None = None
     session_end: float = 0.02
     drift: float = 0.4
     topics_per_session_genre: int = 0
@@ -106,9 +103,6 @@ class SyntheticConfig:
                 f"mean_events={self.mean_events}: a user may have four times as many, which must be fewer than the "
                 f"{self.num_items - self.num_topics} items that are not cold; lower it or raise items_per_topic."
             )
-        for name in ("noise", "final_noise"):
-            if not 0.0 <= (getattr(self, name) or 0.0) < 1.0:
-                raise ValueError(f"{name}={getattr(self, name)}: choose at least 0 and below 1.")
         if not 0.0 <= self.cold_topic_share <= 1.0:
             raise ValueError(f"cold_topic_share={self.cold_topic_share}: choose 0 to 1.")
         if self.topics_per_session_genre:
@@ -129,11 +123,6 @@ class SyntheticConfig:
             )
         if self.drift:
             raise ValueError(f"drift={self.drift}: choose 0 when topics_per_session_genre is given.")
-
-    @property
-    def last_noise(self) -> float:
-        """Probability that a user's last event is a draw by popularity."""
-        return self.noise if self.final_noise is None else self.final_noise
 
     @property
     def num_topics(self) -> int:
@@ -161,15 +150,15 @@ RETURNS = SyntheticConfig(
 )
 
 
-# Five topics for each user, met in every seventh event: some two among the last fourteen, thirty in all.
+# 24 topics take turns at random: the last fifteen events visit eleven of them.
 SCATTERED = SyntheticConfig(
     num_users=3_000,
     topics_per_genre=12,
-    mean_events=200,
-    repertoire=5,
-    active_topics=5,
-    noise=0.85,
-    final_noise=0.03,
+    mean_events=150,
+    repertoire=24,
+    active_topics=24,
+    stay=0.0,
+    session_end=0.0,
     drift=0.0,
 )
 
@@ -311,8 +300,7 @@ class _Users:
         place = _choose(self.topic_probabilities(who), rng)
         topic = self.active[who, place]
         step = self.step_weights(who, topic, released)
-        noise = config.last_noise if released else config.noise
-        random = (rng.random(len(who)) < noise) | (step.sum(axis=1) == 0)
+        random = (rng.random(len(who)) < config.noise) | (step.sum(axis=1) == 0)
         item = topic * ring + _choose(step, rng)
         if random.any():
             item[random] = _choose(self.popular(who[random], released), rng)
@@ -324,7 +312,7 @@ class _Users:
 
     def next_distribution(self, who: np.ndarray) -> np.ndarray:
         """The true distribution of the last event (cold items released) of the users `who`, `[k, items]`."""
-        config, ring, noise = self.config, self.config.items_per_topic, self.config.last_noise
+        config, ring, noise = self.config, self.config.items_per_topic, self.config.noise
         going = (1.0 - noise) * (1.0 - config.session_end)
         fresh = (1.0 - noise) * config.session_end / config.repertoire
         result = noise * self.popular(who, True)
