@@ -35,6 +35,7 @@ def run(settings: Settings) -> list[Measured]:
     features = features_of(ids)
     competitors: dict[str, Callable[[], object]] = {
         "copy": lambda: target.copy_(source),
+        "gather": lambda: torch.index_select(part.weight, 0, ids, out=target),
         "raw": lambda: _without_gradient(lambda: raw(ids, offsets)),
         "raw step": lambda: raw(ids, offsets).sum().backward(),
         "torchrec": lambda: _without_gradient(lambda: model(features)),
@@ -57,6 +58,7 @@ def _rows(seconds: dict[str, list[float]], shape: dict[str, int]) -> list[Measur
 
     return [
         rate("copy of memory of the vectors' size", "copy"),
+        rate("the same rows by torch's index_select", "gather"),
         rate("lookup by FBGEMM", "raw"),
         ratio("lookup's bandwidth over the copy's", "x", "copy", "raw"),
         ratio("gradient and fused update over the lookup", "x the time", "raw step", "raw", "raw"),
