@@ -19,7 +19,7 @@ def test_every_file_of_the_folder_is_a_benchmark() -> None:
     assert not [name for name in names_of_benchmarks() if name.startswith("_")]
 
 
-@pytest.mark.parametrize("name", ["attention", "loader", "ranking", "train_step"])
+@pytest.mark.parametrize("name", ["attention", "loader", "ranking", "tables", "train_step"])
 def test_benchmark_prints_a_table_and_writes_rows(name: str, tmp_path: Path) -> None:
     file = tmp_path / "rows.json"
     program = [sys.executable, "-m", "torchx_apps.benchmark", name, "--small", "--rounds", "2", "--json", str(file)]
@@ -65,6 +65,16 @@ def test_requests_of_eight_candidates_save_user_side_work() -> None:
     saved = {name: value for name, value in rows.items() if name.endswith("user-side operations saved")}
     assert len(saved) == 3
     assert all(value >= 5.6 for value in saved.values()), saved
+
+
+def test_large_table_is_stepped_beside_a_small_one_on_two_ranks(tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    program = [sys.executable, "-m", "torchx_apps.benchmark", "large_table", "--small", "--json", str(file)]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(file.read_text())
+    assert [row["unit"] for row in rows] == ["ms", "ms", "x the time", "x"]
+    assert all(row["checked"] and row["median"] > 0 and row["shape"]["ranks"] == 2 for row in rows)
 
 
 def test_encoding_is_measured_beside_the_matrix_products_alone(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from mufasa_rec.presets import PRESETS, preset
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import small_config, train_in, weights_of
 from torchx_apps import assembly, command_line, plan
+from torchx_apps.evaluate import evaluate
 from torchx_apps.plan_remedies import changes
 
 
@@ -144,6 +145,21 @@ def test_run_by_a_saved_plan_is_the_run_without(saved: tuple[RunConfig, Path], t
         run_ranks(train_in, 2, one, tmp_path / name)
     whole = weights_of(tmp_path / "without")
     assert all(tensor.equal(whole[name]) for name, tensor in weights_of(tmp_path / "with").items())
+
+
+def judged(env: DistributedEnv, run: Path, output: Path) -> None:
+    evaluate({"model": str(run)}, output, "test", env)
+
+
+def test_run_by_a_saved_plan_is_judged_on_any_number_of_ranks(saved: tuple[RunConfig, Path], tmp_path: Path) -> None:
+    run_ranks(train_in, 2, saved[0], tmp_path / "run")
+    for world in (1, 2):
+        run_ranks(judged, world, tmp_path / "run", tmp_path / f"on {world}")
+    found = []
+    for world in (1, 2):
+        rows = json.loads((tmp_path / f"on {world}" / "summary.json").read_text())
+        found.append({row["row"]: (row["hr@10"], row["ndcg@10"]) for row in rows}["model"])
+    assert found[0] == pytest.approx(found[1])
 
 
 def refused(env: DistributedEnv, config: RunConfig) -> str:

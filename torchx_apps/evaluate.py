@@ -115,7 +115,7 @@ def evaluate(
         The rows of `summary.json`.
     """
     exchange = RankExchange()
-    configs = {name: _config(folder, dataset) for name, folder in runs.items()}
+    configs = {name: _config(folder, dataset, env) for name, folder in runs.items()}
     tasks = {config.task for config in configs.values()}
     if len(tasks) > 1:
         raise ValueError(f"--compare: runs of different tasks ({', '.join(sorted(tasks))}); compare those of one.")
@@ -156,13 +156,14 @@ def evaluate(
     return _write(evaluation, runs, output)
 
 
-def _config(folder: str, dataset: str | None) -> RunConfig:
-    """The configuration of a run, its data set where it lies now."""
+def _config(folder: str, dataset: str | None, env: DistributedEnv) -> RunConfig:
+    """The configuration of a run, its data set where it lies now, its tables spread over the ranks that there are."""
     if not paths.exists(paths.join(folder, CONFIG_FILE)):
         raise ValueError(
             f"{folder}: holds no run ({CONFIG_FILE} is missing); give the folder that `train --run` wrote."
         )
     config = load_config(paths.join(folder, CONFIG_FILE))
+    config = replace(config, sharding=config.sharding.for_judging(env.device.type))
     if dataset is None:
         return config
     return replace(config, data=replace(config.data, dataset=dataset))

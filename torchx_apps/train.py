@@ -25,6 +25,7 @@ from mufasa_rec.data.batch import Batch
 from mufasa_rec.distributed.collectives import RankExchange
 from mufasa_rec.distributed.env import DistributedEnv, distributed
 from mufasa_rec.distributed.host_memory import keep_freed_memory
+from mufasa_rec.distributed.sharding import sync_of
 from mufasa_rec.planning.start_table import plan_lines
 from mufasa_rec.training.checkpoint_manifest import Manifest
 from mufasa_rec.training.optim import TrainOptimizer
@@ -167,7 +168,16 @@ def _train(
         parts.loader,
         parts.validate,
         config.trainer,
-        Surroundings(tracker, exchange, saver, seed=config.seed, frozen=assembly.content_tables(data), watch=watch),
+        Surroundings(
+            tracker,
+            exchange,
+            saver,
+            seed=config.seed,
+            frozen=assembly.content_tables(data),
+            watch=watch,
+            prefetch=config.sharding.prefetch,
+            sync=sync_of(model, config.sharding),
+        ),
     )
     if newest:
         trainer.restore(newest)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -247,6 +247,11 @@ def shard(
     if device.type == "cpu" and world > 2:
         average_in_rank_order(sharded)
     return sharded
+
+
+def sync_of(model: nn.Module, config: ShardingConfig) -> tuple[Callable[[], None], int] | None:
+    """What averages the tables of several groups of ranks, and after how many steps; None for one group."""
+    return (model.sync, config.sync_every) if isinstance(model, DMPCollection) else None
 
 
 def precision_of(table: EmbeddingConfig) -> Precision:

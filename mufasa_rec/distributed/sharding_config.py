@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Literal, get_args
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, get_args
 
 from mufasa_rec.distributed.table_config import Precision
 
@@ -114,6 +114,17 @@ class ShardingConfig:
             return None
         own = self.tables.get(table, TableSharding()).cache_share
         return self.cache_share if own is None else own
+
+    def for_judging(self, device_type: str) -> ShardingConfig:
+        """The same for looking tables up only, on any number of ranks: no saved plan, no groups, nothing ahead.
+
+        On a CPU tables are held in memory, whatever kernels they were trained with on a GPU.
+        """
+        changes: dict[str, Any] = {"plan": "", "group_size": None, "prefetch": False}
+        if device_type == "cpu":
+            tables = {name: replace(table, kernels=None) for name, table in self.tables.items()}
+            changes |= {"kernels": ("fused",), "tables": tables, "forward_comms": "fp32", "backward_comms": "fp32"}
+        return replace(self, **changes)
 
     def refuse_on(self, device_type: str, world_size: int) -> None:
         """Refuse what a kind of device cannot do, and groups that do not fit a world.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.distributed.tensor import DTensor
 
 logger = logging.getLogger(__name__)
 _BLOCK = 1 << 16  # rows that share one random stream
@@ -35,13 +36,26 @@ def local_shards(model: nn.Module) -> dict[str, list[TableShard]]:
     """This rank's parts of every sharded table, by table; nothing for a table without any."""
     found: dict[str, list[TableShard]] = {}
     for name, value in model.state_dict().items():
-        if not isinstance(value, ShardedTensor):
+        if not is_table(value):
             continue
-        for part in value.local_shards():
-            first, column = part.metadata.shard_offsets
+        for weight, (first, column) in _parts(value):
             parts = found.setdefault(name.removesuffix(".weight").rsplit(".", 1)[-1], [])
-            parts.append(TableShard(part.tensor, first, column, value.size()[1]))
+            parts.append(TableShard(weight, first, column, value.size()[1]))
     return found
+
+
+def is_table(value: Any) -> bool:
+    """Whether an entry of a state dict is a sharded table: a DTensor where groups of ranks hold copies."""
+    return isinstance(value, (ShardedTensor, DTensor))
+
+
+def _parts(value: Any) -> Iterator[tuple[Tensor, Sequence[int]]]:
+    """Local weights of a table's entry, each with its first row and column."""
+    if isinstance(value, ShardedTensor):
+        yield from ((part.tensor, part.metadata.shard_offsets) for part in value.local_shards())
+    else:
+        shards: Any = value.to_local()  # TorchRec's LocalShardsWrapper
+        yield from zip(shards.local_shards(), shards.local_offsets())
 
 
 @torch.no_grad()

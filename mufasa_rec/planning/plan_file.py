@@ -22,7 +22,7 @@ from mufasa_rec.data import paths
 from mufasa_rec.distributed.sharding_config import ShardingConfig
 
 FORMAT_VERSION = 1
-_AGAIN = "plan again for this run with `python -m torchx_apps.plan ... --save FILE`"
+_AGAIN = "plan again with `python -m torchx_apps.plan ... --save FILE`, or leave it empty to plan at the start"
 
 
 def plan_document(plan: ShardingPlan, device_type: str, world_size: int, local_world_size: int) -> dict[str, Any]:

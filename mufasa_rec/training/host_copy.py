@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
+from torch.distributed.tensor import DTensor
+from torchrec.distributed.shards_wrapper import LocalShardsWrapper
 
 
 class HostCopy:
@@ -46,6 +48,8 @@ class HostCopy:
             return {key: self._copy(inner, f"{name}/{key}") for key, inner in value.items()}
         if isinstance(value, ShardedTensor):
             return self._sharded(value, name)
+        if isinstance(value, DTensor):
+            return self._grouped(value, name)
         return self._tensor(value, name)
 
     def _sharded(self, value: ShardedTensor, name: str) -> ShardedTensor:
@@ -61,6 +65,13 @@ class HostCopy:
         return ShardedTensor._init_from_local_shards_and_global_metadata(
             shards, sharded_tensor_metadata=metadata, process_group=value._process_group
         )
+
+    def _grouped(self, value: DTensor, name: str) -> DTensor:
+        """The same table of several groups of ranks; DTensor's own constructors would move it back to the device."""
+        local: Any = value.to_local()
+        shards = [self._tensor(shard, f"{name}#{index}") for index, shard in enumerate(local.local_shards())]
+        copied = LocalShardsWrapper(shards, local.local_offsets())  # type: ignore[bad-argument-type]
+        return DTensor(copied, value._spec, requires_grad=False)  # type: ignore[bad-argument-count]
 
     def _tensor(self, tensor: Tensor, name: str) -> Tensor:
         memory = self._memory.get(name)

@@ -50,8 +50,8 @@ class TrainOptimizer:
 
     Args:
         dense: The data-parallel parameters by name.
-        fused: The fused optimizer of the sharded tables (a TorchRec KeyedOptimizer); its step only hands FBGEMM the
-            learning rate.
+        fused: The fused optimizer of the sharded tables (a TorchRec KeyedOptimizer), with the peak learning rate of
+            each; its step only hands FBGEMM the learning rates.
         config: How weights are updated.
         total_steps: Steps of the whole run, over which the cosine falls.
         slow: Names of the parameters that learn at `config.fusion_share` of the learning rate.

@@ -1,10 +1,30 @@
-"""A check that TorchRec's pipeline really looks every table up ahead: it only warns when it does not."""
+"""TorchRec's pipeline, and a check that it really looks every table up ahead: it only warns when it does not."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import torch
 from torch import nn
-from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from torchrec.distributed.train_pipeline import PrefetchTrainPipelineSparseDist, TrainPipelineSparseDist
 from torchrec.distributed.types import ShardedModule
+
+
+def make_pipeline(
+    model: nn.Module, optimizer: Any, device: torch.device, forward: Callable[[Any], Any], *, prefetch: bool = False
+) -> TrainPipelineSparseDist:
+    """The pipeline of a run: the next batch's ids are exchanged while this one is computed.
+
+    Args:
+        model: The sharded model.
+        optimizer: Updates the weights.
+        device: Device of this rank.
+        forward: Runs the model on a batch.
+        prefetch: Whether the rows of the next batch are fetched into the caches meanwhile, too.
+    """
+    kind = PrefetchTrainPipelineSparseDist if prefetch else TrainPipelineSparseDist
+    return kind(model=model, optimizer=optimizer, device=device, execute_all_batches=True, custom_model_fwd=forward)
 
 
 def check_pipelined(model: nn.Module, pipeline: TrainPipelineSparseDist) -> None:

@@ -15,7 +15,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from mufasa_rec.data.row_loader import RowLoader
 from mufasa_rec.distributed.collectives import RankExchange, host_group
@@ -23,7 +22,7 @@ from mufasa_rec.training.accounting import Interval, Waiting, train_line
 from mufasa_rec.training.checkpoint import model_state
 from mufasa_rec.training.checkpoint_manifest import Manifest
 from mufasa_rec.training.optim import TrainOptimizer
-from mufasa_rec.training.pipelining import check_pipelined
+from mufasa_rec.training.pipelining import check_pipelined, make_pipeline
 from mufasa_rec.training.preemption import Agreement, Preempted, StopAgreed, StopSignals
 from mufasa_rec.training.progress import Progress, check_data, run_state, seed_step
 from mufasa_rec.training.saver import Saver
@@ -67,6 +66,8 @@ class Surroundings:
         seed: Seed of the run.
         frozen: Tables that are not saved.
         watch: Called with each batch of this rank once its step is done; for those who count rows.
+        prefetch: Whether rows of cached tables are fetched ahead.
+        sync: Averages the tables of several groups of ranks, and after how many steps; None with one group.
     """
 
     tracker: Tracker
@@ -75,6 +76,8 @@ class Surroundings:
     seed: int = 0
     frozen: tuple[str, ...] = ()
     watch: Callable[[Any], None] | None = None
+    prefetch: bool = False
+    sync: tuple[Callable[[], None], int] | None = None
 
 
 class Trainer:
@@ -102,13 +105,7 @@ class Trainer:
         self.model, self.optimizer, self.loader, self.validate, self.config = model, optimizer, loader, validate, config
         self.around, self.tracker, self.saver = surroundings, surroundings.tracker, surroundings.saver
         self.device = next(iter(optimizer.parameters.values())).device
-        self.pipeline = TrainPipelineSparseDist(
-            model=model,
-            optimizer=optimizer,
-            device=self.device,
-            execute_all_batches=True,
-            custom_model_fwd=self._forward,
-        )
+        self.pipeline = make_pipeline(model, optimizer, self.device, self._forward, prefetch=surroundings.prefetch)
         self.waiting = Waiting()
         self.interval = Interval(surroundings.exchange, self.waiting, self.device)
         self.progress = Progress()
@@ -234,6 +231,8 @@ class Trainer:
         """Count a step, and save or stop after it; after an epoch's last one that is for its closing."""
         self.progress.step += 1
         self.progress.validated = False
+        if self.around.sync is not None and self.optimizer.num_steps % self.around.sync[1] == 0:
+            self.around.sync[0]()
         self._temperature = output.temperature
         self.interval.add(output.loss_sum, batch.num_targets, batch.num_rows, batch.num_events, output.num_places)
         self.tracker.advance()
@@ -299,6 +298,7 @@ class Trainer:
     def _validate(self) -> bool:
         """Validate; returns whether it is the best so far."""
         self.pipeline.detach()
+        self._sync()
         self.model.eval()
         begin = time.perf_counter()
         metrics = self.validate(self._asked_only)
@@ -336,11 +336,17 @@ class Trainer:
         """Stop within a validation; a save can wait for its end."""
         self._asked()
 
+    def _sync(self) -> None:
+        """Make the groups' tables equal before they are judged or saved."""
+        if self.around.sync is not None and self.optimizer.num_steps % self.around.sync[1]:
+            self.around.sync[0]()
+
     def _tensors(self) -> dict[str, Any]:
         return {"model": model_state(self.model, self.around.frozen), "optimizer": self.optimizer.tensors()}
 
     def _save(self, *, name: str | None = None, wait: bool = False) -> None:
         begin = time.perf_counter()
+        self._sync()
         step, exchange = self.optimizer.num_steps, self.around.exchange
         name = name or self.saver.name(step)
         self._mend_best(name)

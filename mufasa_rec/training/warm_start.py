@@ -12,13 +12,12 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 from mufasa_rec.data import paths
 from mufasa_rec.data.row_ids import RowIds
 from mufasa_rec.distributed.agreement import on_all_ranks
 from mufasa_rec.distributed.collectives import RankExchange
-from mufasa_rec.distributed.table_rows import TableShard, local_shards
+from mufasa_rec.distributed.table_rows import TableShard, is_table, local_shards
 from mufasa_rec.training.table_sources import TableSource, open_source
 from mufasa_rec.training.warm_start_plan import TableCopy, WarmStartConfig, plan
 
@@ -91,13 +90,13 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
     return {
         name.removesuffix(".weight").rsplit(".", 1)[-1]: (value.size()[0], value.size()[1])
         for name, value in model.state_dict().items()
-        if isinstance(value, ShardedTensor)
+        if is_table(value)
     }
 
 
 def _modules(model: nn.Module) -> dict[str, Tensor]:
     """The data-parallel weights of a sharded model; they are the model's own memory."""
-    return {name: value for name, value in model.state_dict().items() if not isinstance(value, ShardedTensor)}
+    return {name: value for name, value in model.state_dict().items() if not is_table(value)}
 
 
 @torch.no_grad()

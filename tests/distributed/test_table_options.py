@@ -205,3 +205,20 @@ def test_precisions_and_optimizers_that_a_cpu_lacks_are_refused() -> None:
         with pytest.raises(ValueError, match=re.escape(said)):
             tables.refuse_on("cpu")
         tables.refuse_on("cuda")
+
+
+def test_run_trained_with_a_gpus_kernels_can_be_judged_on_a_cpu() -> None:
+    trained = ShardingConfig(
+        types=("table_wise",),
+        kernels=("fused_uvm_caching",),
+        tables={"user": TableSharding(kernels=("fused_uvm",), cache_share=0.1)},
+        forward_comms="bf16",
+        group_size=4,
+        prefetch=True,
+        plan="plan.json",
+    )
+    judged = trained.for_judging("cpu")
+    judged.refuse_on("cpu", 3)
+    assert (judged.types, judged.plan, judged.kernels_of("user")) == (("table_wise",), "", ("fused",))
+    on_gpu = trained.for_judging("cuda")
+    assert (on_gpu.kernels, on_gpu.group_size, on_gpu.forward_comms) == (("fused_uvm_caching",), None, "bf16")

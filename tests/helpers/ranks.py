@@ -24,14 +24,17 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["torchx_apps.assembly", "torchx_apps.train", "torchx_apps.evaluate"])
 
 
-def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 90) -> list[Any]:
-    """Run `fn(env, *args)` on each rank of a gloo process group.
+def run_ranks(
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 90, on_gpus: bool = False
+) -> list[Any]:
+    """Run `fn(env, *args)` on each rank of a gloo process group, or of an NCCL one.
 
     Args:
         fn: A function of a module; its result must pickle.
         world_size: Number of ranks.
         args: Passed to every rank.
         timeout_s: After how long the ranks are ended.
+        on_gpus: Whether each rank has a GPU.
 
     Returns:
         Every rank's result.
@@ -43,7 +46,7 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: fl
         pipes, processes = [], []
         for rank in range(world_size):
             mine, theirs = _CONTEXT.Pipe(duplex=False)
-            work = (theirs, rank, world_size, str(Path(folder) / "store"), timeout_s, fn, args)
+            work = (theirs, rank, world_size, str(Path(folder) / "store"), timeout_s, on_gpus, fn, args)
             process = _CONTEXT.Process(target=_work, args=work, daemon=True)
             process.start()
             theirs.close()
@@ -82,21 +85,25 @@ def _work(
     world_size: int,
     store: str,
     timeout_s: float,
+    on_gpus: bool,
     fn: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
     torch.set_num_threads(1)
     hide_library_noise()
     os.environ["LOCAL_WORLD_SIZE"] = str(world_size)
+    device = torch.device("cuda", rank) if on_gpus else torch.device("cpu")
     try:
+        if on_gpus:
+            torch.cuda.set_device(device)
         dist.init_process_group(
-            "gloo",
+            "nccl" if on_gpus else "gloo",
             store=dist.FileStore(store, world_size),
             rank=rank,
             world_size=world_size,
             timeout=timedelta(seconds=timeout_s),
         )
-        env = DistributedEnv(rank=rank, world_size=world_size, local_rank=rank, device=torch.device("cpu"))
+        env = DistributedEnv(rank=rank, world_size=world_size, local_rank=rank, device=device)
         message = (True, fn(env, *args))
     except BaseException:
         message = (False, traceback.format_exc())

@@ -47,7 +47,8 @@ def loss_of(values: dict[str, Tensor], scale: Tensor) -> Tensor:
     total = scale.new_zeros(())
     for name, found in sorted(values.items()):
         rows, columns = found.shape
-        wanted = torch.cos(torch.arange(rows * columns, dtype=torch.float32) + len(name)).view(rows, columns)
+        places = torch.arange(rows * columns, dtype=torch.float32, device=found.device)
+        wanted = torch.cos(places + len(name)).view(rows, columns)
         total = total + (scale * found - wanted).square().mean()
     return total
 
@@ -87,18 +88,21 @@ def sharded_model(env: DistributedEnv, trial: Trial) -> tuple[nn.Module, Shardin
 def train_sharded(env: DistributedEnv, trial: Trial) -> dict[str, Any]:
     """Train a trial; returns this rank's losses, its shards after it, and the bytes of its optimizer state."""
     model, _ = sharded_model(env, trial)
+    sync = sharding.sync_of(model, trial.sharding)
     dense = {"scale": next(p for name, p in model.named_parameters() if name.endswith("scale"))}
     config = OptimizerConfig(learning_rate=1e-9, warmup_steps=0, final_share=1.0, tables=trial.optimizer)
     optimizer = TrainOptimizer(dense, model.fused_optimizer, config, STEPS)  # type: ignore[arg-type]
     losses = []
     for step in range(STEPS):
         optimizer.zero_grad()
-        loss = model(batch(step, env.rank))
+        loss = model(batch(step, env.rank).to(env.device))
         loss.backward()
         optimizer.step()
+        if sync is not None:
+            sync[0]()
         losses.append(float(loss.detach()))
     shards = {
-        name: [(part.first, part.column, part.weight.clone()) for part in parts]
+        name: [(part.first, part.column, part.weight.cpu().clone()) for part in parts]
         for name, parts in sharding.local_shards(model).items()
     }
     states = optimizer.tensors()["fused"]
@@ -118,23 +122,26 @@ def whole_tables(results: list[dict[str, Any]]) -> dict[str, Tensor]:
     return found
 
 
-def train_plain(first: dict[str, Tensor], trial: Trial) -> tuple[list[list[float]], dict[str, Tensor]]:
+def train_plain(
+    first: dict[str, Tensor], trial: Trial, world: int = WORLD
+) -> tuple[list[list[float]], dict[str, Tensor]]:
     """The same in plain torch: losses by rank, and the tables after it.
 
     Args:
         first: First weights, `[rows, columns]` by feature.
         trial: Settings, of which optimizers, learning rates and frozen tables count.
+        world: Ranks whose batches are taken.
     """
     weights = {name: table.clone().requires_grad_(not trial.tables.is_frozen(name)) for name, table in first.items()}
     moments: dict[str, Tensor] = {}
-    losses: list[list[float]] = [[] for _ in range(WORLD)]
+    losses: list[list[float]] = [[] for _ in range(world)]
     for step in range(STEPS):
         total = torch.zeros(())
-        for rank in range(WORLD):
+        for rank in range(world):
             jagged = batch(step, rank).to_dict()
             loss = loss_of({name: weights[name][jagged[name].values()] for name in SIZES}, torch.ones(()))
             losses[rank].append(float(loss.detach()))
-            total = total + loss / WORLD
+            total = total + loss / world
         if total.requires_grad:
             total.backward()
         for name, weight in weights.items():

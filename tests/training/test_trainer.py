@@ -179,14 +179,15 @@ def test_wait_for_batches_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_learning_rate_warms_up_and_falls_for_tables_too() -> None:
     weight = nn.Parameter(torch.ones(2, 2))
-    tables = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0)
+    peaks = {"usual": 0.5, "its own": 3.0, "frozen": 0.0}
+    tables = torch.optim.SGD([{"params": [nn.Parameter(torch.ones(1))], "lr": peak} for peak in peaks.values()])
     config = OptimizerConfig(learning_rate=0.1, warmup_steps=4, final_share=0.1)
     optimizer = TrainOptimizer({"w": weight}, tables, config, total_steps=14)
     rates = []
     for _ in range(15):
         rates.append(optimizer.learning_rate)
         share = rates[-1] / config.learning_rate
-        assert tables.param_groups[0]["lr"] == pytest.approx(config.tables.learning_rate * share)
+        assert [group["lr"] for group in tables.param_groups] == pytest.approx([p * share for p in peaks.values()])
         weight.grad = torch.full((2, 2), 100.0)
         optimizer.step()
         assert optimizer.grad_norm == pytest.approx(200.0)
