@@ -24,6 +24,7 @@ from mufasa_rec.distributed.env import DistributedEnv
 from mufasa_rec.evaluation.retrieval import Evaluator, RetrieverScorer
 from mufasa_rec.models.ranker import Ranker
 from mufasa_rec.models.retriever import Retriever
+from mufasa_rec.modules.item_fusion import ItemFusion
 from mufasa_rec.modules.segmentation import BorderConfig
 from mufasa_rec.modules.sparse_arch import table_name
 from mufasa_rec.planning import plan_file
@@ -126,9 +127,10 @@ def build_retriever(
         exchange: Reaches the other ranks.
         layer: The fusion layer that the retriever holds, with `model.fusion_source`.
     """
-    torch.manual_seed(config.seed)
-    facts = model_facts.of_data(config, data)
-    return model_facts.make_retriever(config, facts, _thresholds(config, data), exchange, layer)
+    facts, borders = model_facts.of_data(config, data), _thresholds(config, data)
+    fusion = None if layer is None else ItemFusion(layer.build(), layer.genre, tune=config.model.finetune_fusion)
+    torch.manual_seed(config.seed)  # after the layer, so that all else starts alike with it and without
+    return model_facts.make_retriever(config, facts, borders, exchange, fusion)
 
 
 def _thresholds(config: RunConfig, data: OpenDataset) -> BorderConfig:

@@ -23,7 +23,6 @@ from mufasa_rec.modules.next_item import Exchange, NextItemObjective
 from mufasa_rec.modules.ranking_objective import SumExchange
 from mufasa_rec.modules.segmentation import BorderConfig
 from mufasa_rec.modules.sparse_arch import ContentTableConfig, SparseArch, TableConfig
-from mufasa_rec.training.fusion_file import TrainedLayer
 from torchx_apps import extractors
 from torchx_apps.open_dataset import OpenDataset
 
@@ -137,7 +136,7 @@ def make_retriever(
     facts: ModelFacts,
     borders: BorderConfig,
     exchange: Exchange | None = None,
-    layer: TrainedLayer | None = None,
+    fusion: ItemFusion | None = None,
 ) -> Retriever:
     """The unsharded retriever, tables on `meta`, with fused optimizers attached.
 
@@ -146,10 +145,9 @@ def make_retriever(
         facts: What the data has.
         borders: Thresholds of the extractor's blocks, found.
         exchange: Reaches the other ranks; None for a world of one.
-        layer: The fusion layer that the retriever holds, with `model.fusion_source`.
+        fusion: The fusion layer that the retriever holds, with `model.fusion_source`.
     """
     model = config.model
-    fusion = None if layer is None else ItemFusion(layer.build(), layer.genre, tune=model.finetune_fusion)
     sparse = make_sparse_arch(config, facts.rows, facts.contents, model.width)
     modalities = facts.widths if fusion is None else {FUSED: fusion.layer.config.width}
     tower = ItemTower(

@@ -67,10 +67,12 @@ def loaded(env: DistributedEnv, config: RunConfig, folder: Path) -> tuple[Pieces
     return pieces, evaluator.metrics(assembly.make_scorer(config, data, model, env, exchange))
 
 
-@pytest.mark.parametrize(("world", "sharding"), [(1, "row_wise"), (2, "table_wise"), (3, "row_wise")])
+@pytest.mark.parametrize(
+    ("world", "sharding"), [(1, "row_wise"), (2, "table_wise"), (3, "row_wise"), (2, "column_wise")]
+)
 def test_checkpoint_of_two_ranks_loads_bit_equal(trained: tuple[RunConfig, Path], world: int, sharding: Any) -> None:
     config, folder = trained
-    config = replace(config, sharding=ShardingConfig(types=(sharding,)))
+    config = replace(config, sharding=ShardingConfig(types=(sharding,), min_columns=8))
     saved = {name.removeprefix("model."): w for name, w in weights_of(folder).items() if name.startswith("model.")}
     results = run_ranks(loaded, world, config, folder)
     assert not [name for name in saved if "content.width" in name]
@@ -82,8 +84,8 @@ def test_checkpoint_of_two_ranks_loads_bit_equal(trained: tuple[RunConfig, Path]
                 assert torch.equal(saved[name][place], tensor), name
         (line,) = metrics_of(folder, "validation")
         assert metrics == pytest.approx({name: line[name] for name in metrics}, abs=1e-6)
-    rows = sum(len(tensor) for pieces, _ in results for _, tensor in pieces["sparse.ids.embeddings.t_item.weight"])
-    assert rows == len(saved["sparse.ids.embeddings.t_item.weight"])
+    held = sum(tensor.numel() for pieces, _ in results for _, tensor in pieces["sparse.ids.embeddings.t_item.weight"])
+    assert held == saved["sparse.ids.embeddings.t_item.weight"].numel()
 
 
 def test_manifest_says_what_the_checkpoint_is_of(trained: tuple[RunConfig, Path]) -> None:

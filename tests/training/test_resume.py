@@ -194,10 +194,10 @@ def test_other_ranks_and_plan_see_every_remaining_row_once(
     dataset: str, tmp_path: Path, undisturbed: tuple[Path, list[Rows]], worlds: tuple[int, ...]
 ) -> None:
     config = config_of(dataset)
-    plans = (("row_wise",), ("table_wise",), ("table_wise",))
+    plans = (("row_wise",), ("column_wise",), ("table_wise",))
     seen: Rows = []
     for world, types, kill_at in zip(worlds, plans, (6, 7, None), strict=True):
-        changed = replace(config, sharding=ShardingConfig(types=types))  # type: ignore[arg-type]
+        changed = replace(config, sharding=ShardingConfig(types=types, min_columns=8))  # type: ignore[arg-type]
         for _, rows in run_ranks(attempt, world, changed, tmp_path, kill_at):
             seen.extend(rows)
     wanted = [row for rows in undisturbed[1] for row in rows]
