@@ -65,11 +65,7 @@ def short() -> RunConfig:
     """Under five minutes on two cores on MovieLens-1M: what the tables of the interest extractor are made with."""
     return RunConfig(
         data=DataConfig(batch_size=32, num_readers=32, max_history=512),
-        model=RetrieverConfig(
-            width=64,
-            attention="sparse",
-            extractor=SparseAttentionConfig(dropout=0.1, pattern=SparsePattern(window=64, block=8, num_selected=8)),
-        ),
+        model=RetrieverConfig(width=64, attention="sparse", extractor=SparseAttentionConfig(dropout=0.1)),
         optimizer=OptimizerConfig(
             learning_rate=3e-3, warmup_steps=100, tables=TableOptimizerConfig(name="adagrad", learning_rate=0.03)
         ),
