@@ -59,6 +59,7 @@ def test_every_program_without_a_mistake_has_no_problem(dataset: str, tmp_path: 
         ("export --run gone", "arguments of torchx_apps.export: export: error: the following arguments are required"),
         ("chain --run new", "--input: missing; give what prepare reads"),
         ("chain --run new --input i --steps train", "data.dataset new/dataset: there is nothing"),
+        ("benchmark speed", "benchmark 'speed': unknown; choose one of attention, "),
         ("nothing --x", "program torchx_apps.nothing: there is no such module"),
     ],
 )

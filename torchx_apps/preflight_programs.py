@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from mufasa_rec.data.ranking_collate import ShownFeatures
 from mufasa_rec.data.schema import DatasetManifest, SplitRef
 from mufasa_rec.training.checkpoint import find_checkpoint
 from mufasa_rec.training.saver import CheckpointConfig
-from torchx_apps import chain_steps, evaluate, export, fuse, prepare, run_folder, train
+from torchx_apps import benchmark, chain_steps, evaluate, export, fuse, prepare, run_folder, train
 from torchx_apps.preflight_findings import Findings
 from torchx_apps.preflight_plan import check_plan
 
@@ -85,6 +86,20 @@ def check_prepare(arguments: list[str], findings: Findings) -> None:
         if file:
             findings.readable(name, file, "check the path")
     findings.writable("--output", config.output)
+
+
+def check_benchmark(arguments: list[str], findings: Findings) -> None:
+    """Look at a measurement."""
+    names = [*benchmark.names_of_benchmarks(), "all"]
+    name = arguments[0] if arguments else ""
+    if name not in names:
+        raise ValueError(f"benchmark {name!r}: unknown; choose one of {', '.join(names)}")
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--json")
+    options, _ = parser.parse_known_args(arguments)
+    if options.json:
+        findings.writable("--json", os.path.dirname(options.json) or ".")
+    findings.checked.append(f"benchmark {name} is there")
 
 
 def check_evaluate(arguments: list[str], findings: Findings) -> None:
@@ -227,6 +242,7 @@ def _vectors(vectors: Mapping[str, Any]) -> dict[str, str]:
 
 
 CHECKS: dict[str, Check] = {
+    "torchx_apps.benchmark": check_benchmark,
     "torchx_apps.prepare": check_prepare,
     "torchx_apps.fuse": check_fuse,
     "torchx_apps.train": check_train,
