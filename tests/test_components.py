@@ -166,9 +166,8 @@ def test_no_variable_of_a_role_holds_a_comma(component: str) -> None:
 
 @pytest.mark.parametrize("component", COMPONENTS)
 def test_slurm_leaves_the_shell_line_as_it_is(component: str) -> None:
-    shown = torchx_run(
-        "--dryrun", f"components/{component}.py:{component}", "-j", "2x2", "--", "--run", "R", scheduler="slurm"
-    )
+    job = (f"components/{component}.py:{component}", "-j", "2x2", "--no_preflight", "True")
+    shown = torchx_run("--dryrun", *job, "--", "--run", "R", scheduler="slurm")
     assert shown.returncode == 0, shown.stderr
     assert (
         "sh -c 'export LAUNCHER_PID=$$ PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1; exec "
