@@ -150,17 +150,8 @@ RETURNS = SyntheticConfig(
 )
 
 
-# 24 topics take turns at random: the last fifteen events visit eleven of them.
-SCATTERED = SyntheticConfig(
-    num_users=3_000,
-    topics_per_genre=12,
-    mean_events=150,
-    repertoire=24,
-    active_topics=24,
-    stay=0.0,
-    session_end=0.0,
-    drift=0.0,
-)
+# Ten topics take turns at random: the last seven events, all that two layers with a window of four reach, visit five.
+SCATTERED = SyntheticConfig(mean_events=100, repertoire=10, active_topics=10, stay=0.0, session_end=0.0, drift=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,8 +58,8 @@ def test_scattered_topics_were_mostly_left_longer_ago_than_a_short_window() -> N
     for topics in topics_per_user(SMALL_SCATTERED):
         visited = np.unique(topics[:-1])
         known.append(topics[-1] in visited)
-        near.append(topics[-1] in topics[-16:-1])
-        last.append(np.mean(np.isin(visited, topics[-16:-1])))
+        near.append(topics[-1] in topics[-8:-1])
+        last.append(np.mean(np.isin(visited, topics[-8:-1])))
     assert np.mean(known) > 0.8
     assert np.mean(near) < 0.6
     assert np.mean(last) < 0.6
