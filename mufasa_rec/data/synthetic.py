@@ -149,7 +149,6 @@ RETURNS = SyntheticConfig(
     topics_per_session_genre=4,
 )
 
-
 # Ten topics take turns at random: the last seven events, all that two layers with a window of four reach, visit five.
 SCATTERED = SyntheticConfig(mean_events=100, repertoire=10, active_topics=10, stay=0.0, session_end=0.0, drift=0.0)
 
@@ -303,10 +302,10 @@ class _Users:
 
     def next_distribution(self, who: np.ndarray) -> np.ndarray:
         """The true distribution of the last event (cold items released) of the users `who`, `[k, items]`."""
-        config, ring, noise = self.config, self.config.items_per_topic, self.config.noise
-        going = (1.0 - noise) * (1.0 - config.session_end)
-        fresh = (1.0 - noise) * config.session_end / config.repertoire
-        result = noise * self.popular(who, True)
+        config, ring = self.config, self.config.items_per_topic
+        going = (1.0 - config.noise) * (1.0 - config.session_end)
+        fresh = (1.0 - config.noise) * config.session_end / config.repertoire
+        result = config.noise * self.popular(who, True)
         rows = np.arange(len(who))[:, None]
         chance = self.topic_probabilities(who)
         plans = [(self.active[who, a], going * chance[:, a]) for a in range(config.active_topics)]
