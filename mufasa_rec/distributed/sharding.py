@@ -24,6 +24,7 @@ from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backwa
 from torchrec.optim.optimizers import SGD, Adagrad, Adam
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
+from mufasa_rec.distributed import cpu_tables
 from mufasa_rec.distributed.gradients import average_in_rank_order
 from mufasa_rec.distributed.sharding_config import ShardingConfig, ShardingType, TableSharding
 from mufasa_rec.distributed.table_config import Precision, TableOptimizerConfig, TablesConfig, TableSettings
@@ -244,8 +245,10 @@ def shard(
             global_pg=dist.distributed_c10d._get_default_group(),
         )
     sharded = DistributedModelParallel(**arguments)
-    if device.type == "cpu" and world > 2:
-        average_in_rank_order(sharded)
+    if device.type == "cpu":
+        cpu_tables.speed_up(sharded)
+        if world > 2:
+            average_in_rank_order(sharded)
     return sharded
 
 

@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from mufasa_rec.distributed.host_memory import use_large_pages
 
 _PROGRAM = """
 import sys
@@ -38,3 +41,21 @@ def test_a_large_block_that_was_freed_stays_with_the_process() -> None:
     assert taken
     assert given_back < 64  # of 256 MiB
     assert kept > 192
+
+
+_LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(
+    not _LARGE_PAGES.exists() or "[never]" in _LARGE_PAGES.read_text() or platform.release() < "6.1",
+    reason="the system gives no large pages to memory that was touched before",
+)
+def test_a_large_table_moves_into_large_pages_with_its_numbers() -> None:
+    table = torch.arange(1 << 24, dtype=torch.float32)
+    expected = table.clone()
+    assert use_large_pages(table)
+    assert torch.equal(table, expected)
+
+
+def test_a_small_tensor_is_left_where_it_is() -> None:
+    assert not use_large_pages(torch.zeros(1000))

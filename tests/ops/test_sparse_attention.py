@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from mufasa_rec.ops.sparse_attention import heads as heads_module
 from mufasa_rec.ops.sparse_attention import tiles
 from mufasa_rec.ops.sparse_attention.api import attend_and_select
-from mufasa_rec.ops.sparse_attention.heads import Scratch, for_each_head
+from mufasa_rec.ops.sparse_attention.heads import Scratch, for_each_part
 from mufasa_rec.ops.sparse_attention.layout import Layout
 from mufasa_rec.ops.sparse_attention.pattern import SparsePattern
 from mufasa_rec.ops.sparse_attention.projected import FIELDS, Projected
@@ -176,7 +177,10 @@ def test_branches_of_one_key_list_may_lie_hundreds_of_nats_apart(low: str) -> No
 
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("heads", [(4, 4), (3, 3), (4, 2), (2, 1)], ids=str)
-def test_threads_change_no_bit_where_each_has_heads_of_its_own(heads: tuple[int, int], shared: bool) -> None:
+def test_threads_change_no_bit_where_each_has_heads_of_its_own(
+    heads: tuple[int, int], shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(heads_module, "_SMALL", 0)  # one by one, as those of a large batch
     torch.manual_seed(0)
     layout = make_layout(LENGTHS, PATTERNS["window of whole blocks"])
     x, tokens = make_rows(sum(LENGTHS), *heads, shared=shared), make_tokens(layout, heads[1])
@@ -205,16 +209,33 @@ def test_chunks_of_any_size_equal_the_definition(elements: int, monkeypatch: pyt
         check(LENGTHS, PATTERNS[name], (4, 2), shared=True, dtype=torch.float32)
 
 
+@pytest.mark.parametrize("name", ["window of whole blocks", "timegap", "no block"])
+@pytest.mark.parametrize("heads", [(4, 4), (6, 3)], ids=str)
+def test_heads_taken_together_equal_heads_one_by_one(
+    name: str, heads: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    layout = make_layout(LENGTHS, PATTERNS[name])
+    x, tokens = make_rows(sum(LENGTHS), *heads), make_tokens(layout, heads[1])
+    weight, found = torch.randn(x.q.shape), []
+    for small in (0, 2 * sum(LENGTHS), 1 << 20):  # one, two, all
+        monkeypatch.setattr(heads_module, "_SMALL", small)
+        found.append(run(as_leaves(x), copies_of(tokens, torch.float32), layout, weight, None))
+    for together in found[1:]:
+        for one, two in zip((*found[0][0], found[0][1]), (*together[0], together[1]), strict=True):
+            torch.testing.assert_close(two, one, rtol=1e-5, atol=1e-5)
+
+
 def test_an_error_in_a_thread_is_raised_and_the_threads_are_given_back() -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
 
-    def fail(head: int, scratch: Scratch) -> None:
-        raise RuntimeError(f"head {head}")
+    def fail(part: range, scratch: Scratch) -> None:
+        raise RuntimeError(f"head {part.start}")
 
     try:
         with pytest.raises(RuntimeError, match="head"):
-            for_each_head(fail, 2, torch.device("cpu"))
+            for_each_part(fail, [range(1), range(1, 2)], torch.device("cpu"))
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)

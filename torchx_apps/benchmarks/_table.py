@@ -15,19 +15,19 @@ from mufasa_rec.modules.sparse_arch import SparseArch, TableConfig, merge
 
 RATE = 0.5
 FEATURE = "item"
+RawTable = SplitTableBatchedEmbeddingBagsCodegen
 
 
 class Lookup(nn.Module):
-    """Looks one table up; ends in a scalar whose gradient is the same for every number looked up."""
+    """Looks one table up, and nothing else: without a data-parallel weight nothing is wrapped either."""
 
     def __init__(self, sparse: SparseArch) -> None:
         super().__init__()
         self.sparse = sparse
-        self.scale = nn.Parameter(torch.ones(()))
 
     def forward(self, features: KeyedJaggedTensor) -> Tensor:
         """Vectors `[ids, dim]`."""
-        return merge(self.sparse(features))[FEATURE] * self.scale
+        return merge(self.sparse(features))[FEATURE]
 
 
 def sharded_table(
@@ -43,11 +43,11 @@ def sharded_table(
     return sharding.shard(model, sharding.make_plan(model, device), device)
 
 
-def raw_table(rows: int, dim: int, device: torch.device) -> SplitTableBatchedEmbeddingBagsCodegen:
+def raw_table(rows: int, dim: int, device: torch.device) -> RawTable:
     """FBGEMM's module for the same table, with plain gradient descent."""
     on_gpu = device.type == "cuda"
     place = EmbeddingLocation.DEVICE if on_gpu else EmbeddingLocation.HOST
-    return SplitTableBatchedEmbeddingBagsCodegen(
+    return RawTable(
         embedding_specs=[(rows, dim, place, ComputeDevice.CUDA if on_gpu else ComputeDevice.CPU)],
         optimizer=EmbOptimType.EXACT_SGD,
         learning_rate=RATE,
@@ -55,6 +55,12 @@ def raw_table(rows: int, dim: int, device: torch.device) -> SplitTableBatchedEmb
         pooling_mode=PoolingMode.NONE,
         device=device,
     )
+
+
+def as_bags_of_one(table: RawTable) -> RawTable:
+    """The same, called as a run on a CPU calls it."""
+    table.pooling_mode = PoolingMode.SUM  # the benchmark's offsets are bags of one id
+    return table
 
 
 def features_of(ids: Tensor) -> KeyedJaggedTensor:

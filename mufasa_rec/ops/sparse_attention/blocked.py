@@ -1,9 +1,10 @@
 """Sparse attention in tiles: plain PyTorch on any device, memory of order L, with its own backward.
 
-Key/value heads are worked off one by one. A tile's keys are gathered as runs, its logits live in the cache, and forward
-keeps nothing but a log-sum-exp for each branch: backward computes the logits again. Every branch has a maximum of its
-own for each row, so that a branch whose logits lie far below another's does not underflow. Matrix products are in fp32
-(float64 for float64), also for bf16 inputs: the logits of a softmax need the digits.
+Key/value heads are worked off one by one, those of small batches together. A tile's keys are gathered as runs, its
+logits live in the cache, and forward keeps nothing but a log-sum-exp for each branch: backward computes the logits
+again. Every branch has a maximum of its own for each row, so that a branch whose logits lie far below another's does
+not underflow. Matrix products are in fp32 (float64 for float64), also for bf16 inputs: the logits of a softmax need the
+digits.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ import torch
 from torch import Tensor
 
 from mufasa_rec.ops.sparse_attention import chunk
-from mufasa_rec.ops.sparse_attention.heads import Scratch, exact_dtype, for_each_head, zeros
+from mufasa_rec.ops.sparse_attention.heads import Scratch, exact_dtype, for_each_part, parts_of, zeros
 from mufasa_rec.ops.sparse_attention.layout import Layout
 from mufasa_rec.ops.sparse_attention.plan import Plan, plan_tiles
 from mufasa_rec.ops.sparse_attention.projected import BLOCK, SELECTED, WINDOW, Projected
 from mufasa_rec.ops.sparse_attention.selection import SelectionPlan, plan_selection, select_blocks
 from mufasa_rec.ops.sparse_attention.tile_group import TileGroup
-from mufasa_rec.ops.sparse_attention.tiles import LOG2E, Head, Runs
+from mufasa_rec.ops.sparse_attention.tiles import LOG2E, Heads, Runs
 
 
 def forward(
@@ -41,23 +42,23 @@ def forward(
 
     work = list(_work(layout))
 
-    def attend(number: int, scratch: Scratch) -> None:
-        head = Head(number, groups, ratio, x.q.shape[-1], layout, selected, scratch)
+    def attend(part: range, scratch: Scratch) -> None:
+        heads = Heads(part.start, len(part), groups, ratio, x.q.shape[-1], layout, selected, scratch)
         for branch, tile in work:
             q, k, v = (given[name] for name in _names(branch, x.shared))
-            size = head.chunk_size(tile)
-            for runs in head.pieces(tile):
-                queries = head.take_rows("q", q, runs).mul_(q.shape[-1] ** -0.5 * LOG2E)
-                mixed = head.rows_like("mixed", queries)
-                gates = head.take_rows("gates", x.gates, runs)[..., branch : branch + 1]
+            size = heads.chunk_size(tile)
+            for runs in heads.pieces(tile):
+                queries = heads.take_rows("q", q, runs).mul_(q.shape[-1] ** -0.5 * LOG2E)
+                mixed = heads.rows_like("mixed", queries)
+                gates = heads.take_rows("gates", x.gates, runs)[..., branch : branch + 1]
                 found = []
-                for part, one_q, one_out, gate in _cut(size, runs, queries, mixed, gates):
-                    taken = one_q, head.take_keys("k", k, part), head.take_keys("v", v, part)
-                    found.append(chunk.forward_chunk(head, part, taken, gate, one_out))
-                head.add_rows(out, runs, mixed)
-                head.add_rows(lse[branch], runs, torch.cat(found))
+                for chunked, one_q, one_out, gate in _cut(size, runs, queries, mixed, gates):
+                    taken = one_q, heads.take_keys("k", k, chunked), heads.take_keys("v", v, chunked)
+                    found.append(chunk.forward_chunk(heads, chunked, taken, gate, one_out))
+                heads.add_rows(out, runs, mixed)
+                heads.add_rows(lse[branch], runs, torch.cat(found))
 
-    for_each_head(attend, groups, out.device)
+    for_each_part(attend, parts_of(groups, layout.num_events, out.device), out.device)
     return out.to(x.q.dtype), lse, selected
 
 
@@ -85,31 +86,33 @@ def backward(
 
     work = list(_work(layout))
 
-    def attend(number: int, scratch: Scratch) -> None:
-        head = Head(number, groups, ratio, x.q.shape[-1], layout, selected, scratch)
+    def attend(part: range, scratch: Scratch) -> None:
+        heads = Heads(part.start, len(part), groups, ratio, x.q.shape[-1], layout, selected, scratch)
         for branch, tile in work:
             names = _names(branch, x.shared)
             (q, k, v), (_, grad_k, grad_v) = ([tensors[name] for name in names] for tensors in (given, found))
-            size = head.chunk_size(tile)
-            for runs in head.pieces(tile):
-                queries = head.take_rows("q", q, runs).mul_(scale * LOG2E)
-                mine, by_q = head.take_rows("grad", grad, runs), head.rows_like("by_q", queries)
-                gates = head.take_rows("gates", x.gates, runs)[..., branch : branch + 1]
-                gated_q = torch.mul(queries, gates / LOG2E, out=head.rows_like("gated_q", queries))
-                gated_grad = torch.mul(mine, gates, out=head.rows_like("gated_grad", mine))
-                lses, means = head.take_rows("lse", lse[branch], runs), []
+            size = heads.chunk_size(tile)
+            for runs in heads.pieces(tile):
+                queries = heads.take_rows("q", q, runs).mul_(scale * LOG2E)
+                mine, by_q = heads.take_rows("grad", grad, runs), heads.rows_like("by_q", queries)
+                gates = heads.take_rows("gates", x.gates, runs)[..., branch : branch + 1]
+                gated_q = torch.mul(queries, gates / LOG2E, out=heads.rows_like("gated_q", queries))
+                gated_grad = torch.mul(mine, gates, out=heads.rows_like("gated_grad", mine))
+                lses, means = heads.take_rows("lse", lse[branch], runs), []
                 rows = queries, mine, by_q, gates, lses, gated_q, gated_grad
-                for part, one_q, one_grad, one_out, *numbers, by_gate_q, by_gate_grad in _cut(size, runs, *rows):
-                    taken = one_q, head.take_keys("k", k, part), head.take_keys("v", v, part), one_grad
+                for chunked, one_q, one_grad, one_out, *numbers, by_gate_q, by_gate_grad in _cut(size, runs, *rows):
+                    taken = one_q, heads.take_keys("k", k, chunked), heads.take_keys("v", v, chunked), one_grad
                     gated = by_gate_q, by_gate_grad
-                    by_k, by_v, mean = chunk.backward_chunk(head, part, taken, gated, (numbers[0], numbers[1]), one_out)
-                    head.add_keys(grad_k, part, by_k)
-                    head.add_keys(grad_v, part, by_v)
+                    by_k, by_v, mean = chunk.backward_chunk(
+                        heads, chunked, taken, gated, (numbers[0], numbers[1]), one_out
+                    )
+                    heads.add_keys(grad_k, chunked, by_k)
+                    heads.add_keys(grad_v, chunked, by_v)
                     means.append(mean)
-                head.add_rows(found[names[0]], runs, by_q.mul_(scale))
-                head.add_rows(by_gate[branch], runs, torch.cat(means))
+                heads.add_rows(found[names[0]], runs, by_q.mul_(scale))
+                heads.add_rows(by_gate[branch], runs, torch.cat(means))
 
-    for_each_head(attend, groups, grad.device)
+    for_each_part(attend, parts_of(groups, layout.num_events, grad.device), grad.device)
     found["gates"] = by_gate.movedim(0, -1)
     return {name: tensor.to(x.q.dtype) for name, tensor in found.items()}
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mufasa_rec.ops.sparse_attention.tiles import Head, Runs
+from mufasa_rec.ops.sparse_attention.tiles import Heads, Runs
 
 
-def forward_chunk(head: Head, runs: Runs, taken: tuple[Tensor, Tensor, Tensor], gate: Tensor, out: Tensor) -> Tensor:
+def forward_chunk(heads: Heads, runs: Runs, taken: tuple[Tensor, Tensor, Tensor], gate: Tensor, out: Tensor) -> Tensor:
     """Attend.
 
     Args:
-        head: The head.
+        heads: The heads.
         runs: The chunk.
         taken: Queries, scaled for logits in powers of two, `[C, rows * R, D]`; keys and values, `[C, columns, D]`.
         gate: The branch's gate, `[C, rows * R, 1]`.
@@ -26,7 +26,7 @@ def forward_chunk(head: Head, runs: Runs, taken: tuple[Tensor, Tensor, Tensor], 
         The branch's log-sum-exp, `[C, rows * R, 1]`.
     """
     q, k, v = taken
-    logits = head.logits(q, k, runs)
+    logits = heads.logits(q, k, runs)
     peak = logits.amax(-1, keepdim=True)
     total = logits.sub_(peak).exp2_().sum(-1, keepdim=True)
     torch.bmm(logits, v, out=out).mul_(gate / total)
@@ -34,7 +34,7 @@ def forward_chunk(head: Head, runs: Runs, taken: tuple[Tensor, Tensor, Tensor], 
 
 
 def backward_chunk(
-    head: Head,
+    heads: Heads,
     runs: Runs,
     taken: tuple[Tensor, Tensor, Tensor, Tensor],
     gated: tuple[Tensor, Tensor],
@@ -44,7 +44,7 @@ def backward_chunk(
     """Find the gradients.
 
     Args:
-        head: The head.
+        heads: The heads.
         runs: The chunk.
         taken: Queries, keys and values as above, and the gradient of the gated values, `[C, rows * R, D]`.
         gated: Queries for logits in natural units, and that gradient, both times the gate, `[C, rows * R, D]`.
@@ -55,10 +55,10 @@ def backward_chunk(
         Gradients of the keys and values, in the memory of those, and of the gate.
     """
     (q, k, v, grad), (gate, lse) = taken, numbers
-    weights = head.logits(q, k, runs).sub_(lse).exp2_()
-    change = head.product("change", grad, v.transpose(1, 2)).mul_(weights)
+    weights = heads.logits(q, k, runs).sub_(lse).exp2_()
+    change = heads.product("change", grad, v.transpose(1, 2)).mul_(weights)
     mean = change.sum(-1, keepdim=True)
     change.addcmul_(weights, mean, value=-1)
     torch.bmm(change, k, out=out).mul_(gate)  # the gate scales rows: let the narrow side of each product bear it
-    by_k = head.product("k", change.transpose(1, 2), gated[0])
-    return by_k, head.product("v", weights.transpose(1, 2), gated[1]), mean
+    by_k = heads.product("k", change.transpose(1, 2), gated[0])
+    return by_k, heads.product("v", weights.transpose(1, 2), gated[1]), mean

@@ -1,7 +1,9 @@
-"""Key/value heads, one at a time: a thread for each where there are several, and memory that its chunks share.
+"""Key/value heads in parts: a thread for each where there are several, and memory that its chunks share.
 
-Nothing is shared between key/value heads. On a CPU a thread for each head scales better than many threads within each
-of the small operations.
+Nothing is shared between key/value heads. On a CPU a thread for each part scales better than many threads within each
+of the small operations. A large batch takes its heads one by one, so that a chunk of one stays in the cache; the tiles
+of a small batch are too few to fill a chunk, and each operation costs more than its arithmetic: there all the heads of
+a thread go through the same operations.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_SMALL = 1 << 13  # events of the heads that are taken together
 _TOUCH = 128  # numbers from one touch to the next: any page has some, and there are enough for several threads
 
 
@@ -54,25 +57,42 @@ class Scratch:
         return kept[:size].view(shape)
 
 
-def for_each_head(work: Callable[[int, Scratch], None], groups: int, device: torch.device) -> None:
-    """Call `work` with each key/value head, and memory; on a CPU in as many threads as PyTorch may use."""
-    heads, allowed = iter(range(groups)), torch.get_num_threads()
-    threads = min(groups, allowed)
+def parts_of(groups: int, num_events: int, device: torch.device) -> list[range]:
+    """Key/value heads that are worked off together.
 
-    def take_heads() -> None:
+    Args:
+        groups: Key/value heads.
+        num_events: Events of the batch.
+        device: Where the work is done; a GPU's launches cost most of all.
+
+    Example:
+        >>> parts_of(4, 1 << 20, torch.device("cpu"))
+        [range(0, 1), range(1, 2), range(2, 3), range(3, 4)]
+    """
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    together = max(1, min(-(-groups // threads), _SMALL // max(num_events, 1)))
+    return [range(first, min(first + together, groups)) for first in range(0, groups, together)]
+
+
+def for_each_part(work: Callable[[range, Scratch], None], parts: list[range], device: torch.device) -> None:
+    """Call `work` with each part of the heads, and memory; on a CPU in as many threads as PyTorch may use."""
+    left, allowed = iter(parts), torch.get_num_threads()
+    threads = min(len(parts), allowed)
+
+    def take_parts() -> None:
         scratch = Scratch()
-        for head in heads:
-            work(head, scratch)
+        for part in left:
+            work(part, scratch)
 
     if device.type != "cpu" or threads == 1:
-        take_heads()
+        take_parts()
         return
     inference = torch.is_inference_mode_enabled()
 
     def alone() -> None:
         torch.set_num_threads(1)
         with torch.inference_mode(inference), torch.no_grad():  # a new thread knows neither
-            take_heads()
+            take_parts()
 
     try:
         with ThreadPoolExecutor(threads) as pool:

@@ -1,4 +1,4 @@
-"""Chunks of tiles of one key/value head: the runs that they read and write, and their masked logits."""
+"""Chunks of tiles of some key/value heads: the runs that they read and write, and their masked logits."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Runs:
 
     Attributes:
         tile: The shape of the tiles.
-        queries: Each tile's queries, `[C]` int64.
+        queries: Each tile's queries, `[C]` int64; with several heads a tile counts once for each.
         keys: Each tile's runs of keys, `[C, n]` int64.
         hidden: What to add to the logits of columns, minus infinity outside a selected block that is shorter than a
             run, `[C, columns]`; None where all are full.
@@ -71,12 +71,13 @@ class Runs:
 
 
 @dataclass(frozen=True)
-class Head:
-    """A key/value head of a batch.
+class Heads:
+    """Some key/value heads of a batch, neighbours, whose tiles go through the same products.
 
     Attributes:
-        number: Which one.
-        groups: How many there are.
+        first: The first of them.
+        count: How many they are, `h`.
+        groups: How many there are in all.
         ratio: Query heads that read it, `R`.
         width: Their width, `D`.
         layout: The batch's blocks.
@@ -84,7 +85,8 @@ class Head:
         scratch: Memory for a chunk.
     """
 
-    number: int
+    first: int
+    count: int
     groups: int
     ratio: int
     width: int
@@ -103,23 +105,31 @@ class Head:
 
     def runs(self, tile: TileGroup) -> Runs:
         """The runs that a group of tiles reads and writes."""
-        device = self.selected.device
-        queries, own, hidden = tile.queries.to(device), tile.keys.to(device)[:, None], None
+        device, hidden = self.selected.device, None
+        number = torch.arange(self.first, self.first + self.count, device=device)
+        own = tile.keys.to(device)[:, None, None].expand(-1, self.count, 1)
         parts = [own] if tile.own_run else []
         if tile.num_blocks:
-            blocks, hidden = _block_runs(tile, self.layout, self.selected[:, self.number])
+            mine = self.selected[:, self.first : self.first + self.count]
+            blocks, hidden = _block_runs(tile, self.layout, mine)
             parts = [blocks, *parts]
-        keys = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        keys = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)) * self.groups + number[:, None]
+        queries = tile.queries.to(device)[:, None] * self.groups + number
         idle, foreign = (
-            (None, None) if tile.spare is None else (s.to(device) for s in (tile.spare.rows, tile.spare.keys))
+            (None, None)
+            if tile.spare is None
+            else (self._each(s.to(device)) for s in (tile.spare.rows, tile.spare.keys))
         )
         if hidden is not None:
-            outside = torch.nn.functional.pad(hidden, (0, tile.columns - hidden.shape[1]))
+            outside = torch.nn.functional.pad(hidden, (0, tile.columns - hidden.shape[-1])).flatten(0, 1)
             foreign = outside if foreign is None else foreign | outside
             hidden = torch.zeros(outside.shape, device=device).masked_fill_(outside, NOTHING)
-        unseen = None if tile.unseen is None else tile.unseen.to(device)
-        own = queries * self.groups + self.number, keys * self.groups + self.number
-        return Runs(tile, *own, hidden, idle, foreign, unseen)
+        unseen = None if tile.unseen is None else self._each(tile.unseen.to(device))
+        return Runs(tile, queries.flatten(), keys.flatten(0, 1), hidden, idle, foreign, unseen)
+
+    def _each(self, of_tiles: Tensor) -> Tensor:
+        """What holds for tiles `[C, ...]`, for each head's: `[C * h, ...]`."""
+        return of_tiles[:, None].expand(-1, self.count, *of_tiles.shape[1:]).flatten(0, 1)
 
     def take_rows(self, name: str, rows: Tensor, runs: Runs) -> Tensor:
         """Rows `[L, H, D]` of the queries of tiles, `[C, rows * R, D]`, in the scratch memory of a name."""
@@ -181,23 +191,23 @@ def _cleared(rows: Tensor, which: Tensor | None) -> Tensor:
 
 
 def _block_runs(tile: TileGroup, layout: Layout, selected: Tensor) -> tuple[Tensor, Tensor | None]:
-    """First event of the run of each selected block, `[C, b]`, and what of the runs is not in the block.
+    """First event of the run of each selected block, `[C, h, b]`, and what of the runs is not in the block.
 
     Runs are as long as the longest block; the part behind a shorter block is hidden.
     """
     always = int(layout.pattern.first_block)
     assert tile.tiles is not None
-    chosen = selected.index_select(0, tile.tiles.to(selected.device))[:, : tile.num_blocks - always]
+    chosen = selected.index_select(0, tile.tiles.to(selected.device))[..., : tile.num_blocks - always]
     place = torch.nn.functional.pad(chosen, (always, 0))
     blocks, device = layout.blocks, selected.device
-    block = blocks.offsets[layout.tiles.sequence[tile.tiles]].to(device)[:, None] + place
+    block = blocks.offsets[layout.tiles.sequence[tile.tiles]].to(device)[:, None, None] + place
     begin = blocks.begin.to(device)[block]
     run = begin.clamp(max=layout.num_events - tile.length)
     if _are_full(layout):
         return run, None
     end = blocks.end.to(device)[block]
     event = run[..., None] + torch.arange(tile.length, device=device)
-    return run, ((event < begin[..., None]) | (event >= end[..., None])).flatten(1)
+    return run, ((event < begin[..., None]) | (event >= end[..., None])).flatten(2)
 
 
 def _are_full(layout: Layout) -> bool:
