@@ -179,10 +179,10 @@ class FusionLayer(nn.Module):
         projected = self.projections.each(items, unit=self.config.unit_inputs)
         seen = self._seen(torch.stack([items.present[name] for name in self.widths], dim=1))
         anchor = torch.where(seen[:, :1], projected[self.config.anchor], self.no_title)
-        h = torch.stack([anchor, *(projected[name] for name in self.others)], dim=1)  # [N, M, E]
-        tokens = h + self.types
+        tokens = torch.stack([anchor, *(projected[name] for name in self.others)], dim=1)  # [N, M, E]
+        tokens += self.types  # in place, as a pass over the tokens costs as much as a third of their product
         if self.genres is not None and self.others:
-            tokens = torch.cat([tokens[:, :1], tokens[:, 1:] + self._genre(items, self.genres)[:, None]], dim=1)
+            tokens[:, 1:] += self._genre(items, self.genres)[:, None]
         readable = torch.cat([torch.ones_like(seen[:, :1]), seen[:, 1:]], dim=1)
         f = self.attention_norm(anchor + self.attention(anchor, tokens, readable))
         z = self.output_norm(f + self.feed_forward(f))
@@ -222,11 +222,13 @@ class _Projections(ModalityProjections):
             vectors = items.content[name].to(layer.weight.dtype)
             if torch.is_grad_enabled():  # the weight's gradient reads them; without one the mask below is enough
                 vectors = vectors.masked_fill(missing, 0.0)
-            h = F.linear(vectors, layer.weight)
             if unit:  # after the product, where it costs E channels instead of P
                 norm = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
-                h = h * (self.widths[name] ** 0.5 / norm.clamp(min=_MIN_NORM))
-            projected[name] = (h + layer.bias).masked_fill(missing, 0.0)
+                scale = self.widths[name] ** 0.5 / norm.clamp(min=_MIN_NORM)
+                h = torch.addcmul(layer.bias, F.linear(vectors, layer.weight), scale)
+            else:
+                h = F.linear(vectors, layer.weight, layer.bias)
+            projected[name] = h.masked_fill_(missing, 0.0)
         return projected
 
 
