@@ -34,7 +34,7 @@ def demo() -> RunConfig:
         optimizer=OptimizerConfig(
             learning_rate=4e-3, warmup_steps=50, tables=TableOptimizerConfig(name="adagrad", learning_rate=0.01)
         ),
-        trainer=TrainerConfig(epochs=12, max_steps=800, validate_every=3, patience=3),
+        trainer=TrainerConfig(epochs=12, max_steps=400, validate_every=3, patience=3),
     )
 
 
