@@ -20,7 +20,8 @@ USER = "user"
 class RankingBatch(Moving):
     """One rank's share of a step. `U` batch items, `L` events, `B` rows, `C` candidates, `T` tasks, `F` numbers.
 
-    A row is a request with its candidates, or with `data.requests.per_request: false` one candidate.
+    A row is a request with its candidates, with `data.requests.per_request: false` one candidate, and with
+    `data.requests.share_histories: true` all requests of one history.
 
     Attributes:
         features: Ids to look up, one list per feature (stride 1): item features have `U` ids (multi-valued ones more),
@@ -36,7 +37,7 @@ class RankingBatch(Moving):
         weight: Weight of each candidate in the loss, `[C]` float32.
         logit_offset: Added to a candidate's logits in training, `[C]` float32: makes up for dropped negatives.
         user: User of each row, `[B]` (raw id or hash).
-        request: The source's number of each row's request, `[B]`.
+        request: The source's number of each row's (first) request, `[B]`.
         impression: The source's row of each candidate, `[C]`: the same for every model.
         item_count: Training impressions (and events) of each candidate's item, `[C]`.
         history_length: Events before each request, not only those kept, `[B]`.
@@ -44,9 +45,11 @@ class RankingBatch(Moving):
         timestamps_ms: Time of each event, `[L]`, or None.
         actions: Action of each event, `[L]`, or None.
         present: Which batch items have each modality, `[U]` bool.
+        content: Vectors of the batch items by modality, for those that travel with the batch, each `[U, P]` float16.
         category_lengths: Number of values of each multi-valued item categorical, `[U]`.
         num_targets: Candidates `C`, known on the host.
-        num_rows: Rows `B` that are real: a rank without rows gets one empty row.
+        num_asked: Items that events, targets and candidates ask for; `U` of them are distinct and looked up.
+        num_rows: Requests (or single candidates) that are real: a rank without any gets one empty row.
         epoch: Epoch of the batch.
         step: Step inside the epoch.
     """
@@ -71,8 +74,10 @@ class RankingBatch(Moving):
     timestamps_ms: Tensor | None = None
     actions: Tensor | None = None
     present: dict[str, Tensor] = field(default_factory=dict)
+    content: dict[str, Tensor] = field(default_factory=dict)
     category_lengths: dict[str, Tensor] = field(default_factory=dict)
     num_targets: int = 0
+    num_asked: int = 0
     num_rows: int = 0
     epoch: int = 0
     step: int = 0
@@ -81,3 +86,13 @@ class RankingBatch(Moving):
     def num_events(self) -> int:
         """Events `L` of this rank's histories."""
         return len(self.event_item)
+
+    @property
+    def num_items(self) -> int:
+        """Items `U` that are looked up."""
+        return len(self.item_row)
+
+    @property
+    def num_histories(self) -> int:
+        """Histories `B` that are read; 0 on a rank without rows."""
+        return len(self.user) if self.num_rows else 0
