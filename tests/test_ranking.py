@@ -85,6 +85,9 @@ def trained(impressions: str, tmp_path_factory: pytest.TempPathFactory) -> dict[
 def test_run_learns_and_validates_by_auc(trained: dict[str, str], impressions: str) -> None:
     folder = Path(trained["dmae"])
     assert [line["step"] for line in metrics_of(folder, "train")] == [2, 4, 6, 8]
+    for line in metrics_of(folder, "train"):
+        assert line["history_ratio"] == SMALL.candidates
+        assert line["dedup_ratio"] > 1.2
     validation = metrics_of(folder, "validation")[-1]
     assert {"auc", "gauc", "logloss", "ne", "calibration", "like.auc"} <= validation.keys()
     assert json.loads((folder / "summary.json").read_text())["best"]["auc"] > 0

@@ -121,6 +121,6 @@ class Batch(Moving):
         return len(self.item_row)
 
     @property
-    def num_histories(self) -> int:
-        """Histories that are read: each row has its own."""
+    def num_readings(self) -> int:
+        """What histories are read for: rows, each its own."""
         return self.num_rows

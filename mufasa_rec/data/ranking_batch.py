@@ -20,8 +20,7 @@ USER = "user"
 class RankingBatch(Moving):
     """One rank's share of a step. `U` batch items, `L` events, `B` rows, `C` candidates, `T` tasks, `F` numbers.
 
-    A row is a request with its candidates, with `data.requests.per_request: false` one candidate, and with
-    `data.requests.share_histories: true` all requests of one history.
+    A row is a request with its candidates, or with `data.requests.per_request: false` one candidate.
 
     Attributes:
         features: Ids to look up, one list per feature (stride 1): item features have `U` ids (multi-valued ones more),
@@ -37,7 +36,7 @@ class RankingBatch(Moving):
         weight: Weight of each candidate in the loss, `[C]` float32.
         logit_offset: Added to a candidate's logits in training, `[C]` float32: makes up for dropped negatives.
         user: User of each row, `[B]` (raw id or hash).
-        request: The source's number of each row's (first) request, `[B]`.
+        request: The source's number of each row's request, `[B]`.
         impression: The source's row of each candidate, `[C]`: the same for every model.
         item_count: Training impressions (and events) of each candidate's item, `[C]`.
         history_length: Events before each request, not only those kept, `[B]`.
@@ -49,7 +48,7 @@ class RankingBatch(Moving):
         category_lengths: Number of values of each multi-valued item categorical, `[U]`.
         num_targets: Candidates `C`, known on the host.
         num_asked: Items that events, targets and candidates ask for; `U` of them are distinct and looked up.
-        num_rows: Requests (or single candidates) that are real: a rank without any gets one empty row.
+        num_rows: Rows `B` that are real: a rank without rows gets one empty row.
         epoch: Epoch of the batch.
         step: Step inside the epoch.
     """
@@ -93,6 +92,6 @@ class RankingBatch(Moving):
         return len(self.item_row)
 
     @property
-    def num_histories(self) -> int:
-        """Histories `B` that are read; 0 on a rank without rows."""
-        return len(self.user) if self.num_rows else 0
+    def num_readings(self) -> int:
+        """What histories are read for: candidates, those of a row reading one."""
+        return self.num_targets

@@ -59,7 +59,7 @@ class Shown:
     Attributes:
         columns: Their columns, each `[C]`.
         lengths: Candidates of each request, `[R]`.
-        time: Time of each candidate's request, `[C]`.
+        time: Time of each request, `[R]`.
         request: Number of each request, `[R]`.
         history_length: Events before each request, `[R]`.
     """
@@ -83,7 +83,7 @@ def take_shown(pieces: Pieces) -> Shown:
         for name, values in shown.columns.items():
             parts.setdefault(name, []).append(values[place])
         lengths.append(size)
-        time.append(np.repeat(shown.time[rows], size))
+        time.append(shown.time[rows])
         request.append(shown.request[rows])
         end.append(group.history_end[rows])
     joined = [np.concatenate(part) for part in (lengths, time, request, end)]
@@ -95,15 +95,15 @@ def keep_shown(shown: Shown, keep: np.ndarray) -> Shown:
     owner = np.repeat(np.arange(len(shown.lengths)), shown.lengths)
     lengths = np.bincount(owner[keep], minlength=len(shown.lengths))
     columns = {name: values[keep] for name, values in shown.columns.items()}
-    return Shown(columns, lengths, shown.time[keep], shown.request, shown.history_length)
+    return Shown(columns, lengths, shown.time, shown.request, shown.history_length)
 
 
 def one_by_one(pieces: Pieces, shown: Shown) -> tuple[Pieces, Shown]:
     """The same candidates, each as a request of its own; requests without candidates vanish."""
     repeats = np.split(shown.lengths, np.cumsum([len(rows) for _, rows in pieces])[:-1])
     again = [(group, np.repeat(rows, times)) for (group, rows), times in zip(pieces, repeats, strict=True)]
-    spread = (np.repeat(values, shown.lengths) for values in (shown.request, shown.history_length))
-    return again, Shown(shown.columns, np.ones(int(shown.lengths.sum()), np.int64), shown.time, *spread)
+    spread = (np.repeat(values, shown.lengths) for values in (shown.time, shown.request, shown.history_length))
+    return again, Shown(shown.columns, np.ones(int(shown.lengths.sum()), np.int64), *spread)
 
 
 def labels_of(shown: Shown, tasks: Sequence[str]) -> np.ndarray:
@@ -170,7 +170,7 @@ def collate_requests(
         impression=torch.from_numpy(shown.columns[IMPRESSION]),
         item_count=torch.from_numpy(catalog.counts[candidate_rows].astype(np.int64)),
         history_length=torch.from_numpy(shown.history_length),
-        request_time_ms=torch.from_numpy(shown.time),
+        request_time_ms=torch.from_numpy(np.repeat(shown.time, shown.lengths)),
         timestamps_ms=_column(windows, raw.TIMESTAMP),
         actions=_column(windows, raw.ACTION),
         present=items.present,

@@ -26,7 +26,7 @@ def train_line(step: int, metrics: dict[str, float]) -> str:
 
 
 def _histories(ratio: float) -> str:
-    """How many rows read one history, where histories are shared at all."""
+    """How many candidates read one history, where several do."""
     return f" (histories {ratio:.1f})" if ratio > 1 else ""
 
 
@@ -36,9 +36,9 @@ class StepCounts:
 
     Attributes:
         targets: Targets, or candidates that were scored.
-        rows: Rows, or requests.
-        histories: Histories that were read for them.
-        events: Events of those.
+        rows: Rows, or requests, each with one history.
+        readings: What the histories were read for: rows, or candidates.
+        events: Events of the histories.
         places: Places that the events took with their padding.
         asked: Items that events, targets and candidates asked for.
         items: Items that were looked up for that.
@@ -46,7 +46,7 @@ class StepCounts:
 
     targets: int = 0
     rows: int = 0
-    histories: int = 0
+    readings: int = 0
     events: int = 0
     places: int = 0
     asked: int = 0
@@ -148,7 +148,7 @@ class Interval:
             "padding_share": max(0.0, 1.0 - events / max(total["places"], 1.0)),
             "rank_imbalance": spread,
             "dedup_ratio": total["asked"] / max(total["items"], 1.0),
-            "history_ratio": total["rows"] / max(total["histories"], 1.0),
+            "history_ratio": total["readings"] / max(total["rows"], 1.0),
             "data_wait_share": waited / ranks / seconds,
             "step_ms": 1000.0 * seconds / steps,
         }

@@ -58,8 +58,8 @@ class StepBatch(Protocol):
         ...
 
     @property
-    def num_histories(self) -> int:
-        """Histories that are read for the rows."""
+    def num_readings(self) -> int:
+        """What the rows' histories are read for: rows, or candidates."""
         ...
 
 
@@ -378,7 +378,7 @@ def _counts(batch: StepBatch, output: StepOutput) -> StepCounts:
     return StepCounts(
         targets=batch.num_targets,
         rows=batch.num_rows,
-        histories=batch.num_histories,
+        readings=batch.num_readings,
         events=batch.num_events,
         places=output.num_places,
         asked=batch.num_asked,

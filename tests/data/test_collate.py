@@ -104,6 +104,9 @@ def test_batch_equals_a_loop_over_rows(groups: list[RowGroup], history: int, ded
     ids, offsets = lookup.items.ids, batch.seen_offsets.tolist()
     seen = [ids[batch.seen_row[a:b].numpy()].tolist() for a, b in zip(offsets[:-1], offsets[1:])]
     assert seen == expected.seen
+    windows = sum(min(int(end), history + 1) for group in groups for end in group.history_end)
+    assert batch.num_asked == windows + len(candidates)
+    assert dedup or batch.num_items == batch.num_asked
     if dedup:
         assert len(torch.unique(batch.item_row)) == len(batch.item_row)
 

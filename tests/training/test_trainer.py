@@ -145,9 +145,9 @@ def test_interval_adds_ranks_and_begins_anew(monkeypatch: pytest.MonkeyPatch) ->
     now = [100.0]
     monkeypatch.setattr(accounting.time, "perf_counter", lambda: now[0])
     waiting = Waiting()
-    # Of the other rank: loss, seconds waited, squared events; targets, rows, histories, events, places, asked, items.
-    interval = Interval(TwoRanks([10.0, 0.5, 3600, 5, 4, 2, 60, 100, 70, 20]), waiting, torch.device("cpu"))
-    counts = StepCounts(targets=5, rows=2, histories=1, events=20, places=50, asked=35, items=15)
+    # Of the other rank: loss, seconds waited, squared events; targets, rows, readings, events, places, asked, items.
+    interval = Interval(TwoRanks([10.0, 0.5, 3600, 5, 4, 12, 60, 100, 70, 20]), waiting, torch.device("cpu"))
+    counts = StepCounts(targets=5, rows=2, readings=6, events=20, places=50, asked=35, items=15)
     for _ in range(2):
         interval.add(torch.tensor(3.0), counts)
     waiting.seconds = 0.3
@@ -161,7 +161,7 @@ def test_interval_adds_ranks_and_begins_anew(monkeypatch: pytest.MonkeyPatch) ->
     assert metrics["data_wait_share"] == pytest.approx(0.8 / 2 / 2)
     assert metrics["step_ms"] == pytest.approx(1000)
     assert metrics["dedup_ratio"] == pytest.approx(140 / 50)
-    assert metrics["history_ratio"] == pytest.approx(8 / 4)
+    assert metrics["history_ratio"] == pytest.approx(24 / 8)
     assert (interval.steps, waiting.seconds, interval.begin) == (0, 0.0, 102.0)
     assert not any(interval.counts.values())
 
