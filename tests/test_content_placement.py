@@ -12,11 +12,13 @@ import torch
 
 from mufasa_rec.config import RunConfig, load_config, refuse_changes
 from mufasa_rec.data.content_segment import MappedSegment
+from mufasa_rec.distributed import sharding
 from mufasa_rec.distributed.collectives import RankExchange
 from mufasa_rec.distributed.content_config import ContentConfig, ContentSettings
 from mufasa_rec.distributed.env import DistributedEnv
 from mufasa_rec.distributed.sharding import ShardingConfig, TablesConfig
 from mufasa_rec.modules.content_codes import pack, unpack
+from mufasa_rec.planning.start_table import start_table
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import metrics_of, small_config, train_in, weights_of
 from torchx_apps import assembly
@@ -185,3 +187,26 @@ def test_batch_carries_vectors_in_half_precision_in_place_of_ids(dataset: str) -
     batch = next(iter(loader.batches(0)))
     assert batch.content["title"].dtype == torch.float16
     assert set(batch.features.keys()) & {"content.title", "content.image"} == set()
+
+
+def said_at_start(env: DistributedEnv, config: RunConfig) -> list[str]:
+    retriever = assembly.build_retriever(config, assembly.open_dataset(config), RankExchange())
+    plan = sharding.make_plan(retriever, env.device, config.sharding, config.tables)
+    return start_table(retriever, plan)
+
+
+def test_start_says_where_each_modality_lies(dataset: str) -> None:
+    (lines,) = run_ranks(said_at_start, 1, replace(small_config(dataset), content=MIXED))
+    found = {line.split()[0]: line.split() for line in lines}
+    assert found["content.title"][3:7] == ["int8", "fp32", "row_wise", "fused"]
+    assert found["content.image"][3:8] == ["fp16", "fp32", "host", "memory_map", "frozen"]
+
+
+@pytest.mark.gpu
+def test_batches_for_a_gpu_are_made_in_page_locked_memory(dataset: str) -> None:
+    env = DistributedEnv(rank=0, world_size=1, local_rank=0, device=torch.device("cuda", 0))
+    config = replace(small_config(dataset), content=HOST)
+    batch = next(iter(assembly.make_loader(config, assembly.open_dataset(config), "train", env).batches(0)))
+    assert batch.content["title"].is_pinned() and batch.event_item.is_pinned()
+    moved = batch.to(env.device, non_blocking=True)
+    assert torch.equal(moved.content["title"].cpu(), batch.content["title"])

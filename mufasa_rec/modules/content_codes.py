@@ -6,7 +6,7 @@ float16. There are 247^2 = 61,009 pairs and 61,440 normal float16 numbers, so ev
 conversion changes: neither zero, nor subnormal, nor infinite, nor NaN. The lookup, its exchange and every compute
 kernel treat them as any other float16.
 
-    row = [pairs of codes, ceil(P / 2)] [scale] [zeros up to a multiple of 4]        value = code x scale
+    row = [codes j and ceil(P / 2) + j, for each j] [scale] [zeros up to a multiple of 4]        value = code x scale
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ def pack(vectors: Tensor) -> Tensor:
     count, width = vectors.shape
     scale = _rounded_up(vectors.abs().amax(1, keepdim=True) / _LARGEST)
     codes = torch.round(vectors / torch.where(scale > 0, scale.float(), 1.0)).to(torch.int32) + _LARGEST
-    if width % 2:
-        codes = torch.nn.functional.pad(codes, (0, 1), value=_LARGEST)
-    pair = codes[:, ::2] * _LEVELS + codes[:, 1::2]
+    pairs = -(-width // 2)
+    second = torch.nn.functional.pad(codes[:, pairs:], (0, width % 2), value=_LARGEST)
+    pair = codes[:, :pairs] * _LEVELS + second
     bits = torch.where(pair < _NORMALS, pair + _FIRST_NORMAL, pair - _NORMALS + _FIRST_NORMAL - (1 << 15))
     rows = torch.zeros(count, packed_width(width), dtype=torch.float16)
-    rows[:, : pair.shape[1]] = bits.to(torch.int16).view(torch.float16)
-    rows[:, pair.shape[1]] = scale[:, 0]
+    rows[:, :pairs] = bits.to(torch.int16).view(torch.float16)
+    rows[:, pairs] = scale[:, 0]
     return rows
 
 
@@ -71,15 +71,15 @@ def unpack(rows: Tensor, width: int) -> Tensor:
     """Vectors of rows that `pack` made.
 
     Args:
-        rows: Rows as they were looked up, of any floating type that holds float16, `[n, packed_width(P)]`.
+        rows: Rows as they were looked up, float16 or float32, `[n, packed_width(P)]`.
         width: Values `P` of a vector.
 
     Returns:
         Vectors, float32 `[n, P]`.
     """
     pairs = -(-width // 2)
-    bits = rows[:, :pairs].half().view(torch.int16).to(torch.int32)
-    pair = torch.where(bits < 0, bits + (1 << 15) - _FIRST_NORMAL + _NORMALS, bits - _FIRST_NORMAL)
-    first = torch.div(pair, _LEVELS, rounding_mode="floor")
-    codes = torch.stack([first, pair - first * _LEVELS], dim=2).flatten(1)[:, :width] - _LARGEST
-    return codes.float() * rows[:, pairs, None].float()
+    pair = rows[:, :pairs].half().view(torch.int16).float()  # whole numbers that float32 and its sums hold exactly
+    pair.add_((pair < 0) * float((1 << 15) + _NORMALS)).sub_(_FIRST_NORMAL)
+    first = (pair + 0.5).div_(_LEVELS).floor_()  # at least half a code away from another whole number
+    codes = torch.cat([first, pair.sub_(first, alpha=_LEVELS)], dim=1)[:, :width]
+    return codes.sub_(_LARGEST).mul_(rows[:, pairs, None])
