@@ -79,6 +79,8 @@ def of_manifest(config: RunConfig, manifest: DatasetManifest, item_rows: int | N
                 f"data.modalities: {name!r} is no content of data set {manifest.name!r}; there are "
                 f"{', '.join(manifest.content) or 'none'}."
             )
+    if config.uses_content:
+        config.content.refuse_unknown(modalities)
     return _facts(
         config,
         manifest,

@@ -8,7 +8,7 @@ import pytest
 from mufasa_rec.config import RunConfig
 from mufasa_rec.data.loader import DataConfig
 from mufasa_rec.data.schema import DatasetManifest
-from mufasa_rec.distributed.content_config import ContentConfig
+from mufasa_rec.distributed.content_config import ContentConfig, ContentSettings
 from mufasa_rec.distributed.sharding_config import ShardingConfig, TableSharding
 from mufasa_rec.distributed.table_config import TableOptimizerConfig, TablesConfig, TableSettings
 from mufasa_rec.models.retriever import RetrieverConfig
@@ -240,6 +240,12 @@ def test_content_that_does_not_fit_is_offered_another_place() -> None:
     assert not without.fits
     assert not any("content" in remedy.options for remedy in without.remedies)
     assert not any("host" in remedy.options for remedy in plan(run(), "1xCPU", large, ddr_bytes=GIB).remedies)
+
+
+def test_modality_that_there_is_not_cannot_be_placed() -> None:
+    unknown = ContentConfig(each={"sound": ContentSettings(placement="host")})
+    with pytest.raises(ValueError, match=r"content\.each: 'sound' is no modality of this run; there are title"):
+        plan(run(content=unknown))
 
 
 def load_of(config: RunConfig) -> StepLoad:
