@@ -16,6 +16,7 @@ import yaml
 
 from mufasa_rec.data import paths
 from mufasa_rec.data.loader import DataConfig
+from mufasa_rec.distributed.content_config import ContentConfig
 from mufasa_rec.distributed.sharding_config import ShardingConfig
 from mufasa_rec.distributed.table_config import TablesConfig
 from mufasa_rec.models.ranker_config import RankerConfig
@@ -31,6 +32,7 @@ Task = Literal["retrieval", "ranking"]
 CHANGEABLE = (
     "data.dataset",
     "data.prefetch",
+    "content.placement",
     "trainer.epochs",
     "trainer.max_steps",
     "trainer.patience",
@@ -55,6 +57,7 @@ class RunConfig:
         trainer: How long, and with what care.
         checkpoint: When the run is saved, and where.
         tables: What the trained tables are made of, and how single ones learn.
+        content: Where content vectors lie, and in which precision.
         sharding: How tables are spread over ranks.
         warm_start: What a new run starts from instead of random weights.
         mask_seen: Whether evaluation masks items that a user has seen; None takes the data set's default (masked
@@ -71,6 +74,7 @@ class RunConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tables: TablesConfig = field(default_factory=TablesConfig)
+    content: ContentConfig = field(default_factory=ContentConfig)
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     mask_seen: bool | None = None
@@ -87,6 +91,13 @@ class RunConfig:
                 f"trainer.monitor={self.trainer.monitor!r}: task {self.task!r} is judged by "
                 f"{', '.join(MONITORS[self.task])}; choose one of them."
             )
+        self.content.refuse_rounding(
+            {
+                "sharding.forward_comms": self.sharding.forward_comms,
+                "sharding.group_size": self.sharding.group_size,
+                "tables.output_dtype": self.tables.output_dtype,
+            }
+        )
 
     @property
     def uses_content(self) -> bool:

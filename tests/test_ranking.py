@@ -20,6 +20,7 @@ from mufasa_rec.data.ranking_batch import RankingBatch
 from mufasa_rec.data.row_ids import load_row_ids
 from mufasa_rec.data.schema import DatasetManifest
 from mufasa_rec.distributed.collectives import RankExchange
+from mufasa_rec.distributed.content_config import ContentConfig
 from mufasa_rec.distributed.env import DistributedEnv
 from mufasa_rec.distributed.sharding import TableOptimizerConfig
 from mufasa_rec.models.ranker_config import RankerConfig, comparator
@@ -84,6 +85,9 @@ def trained(impressions: str, tmp_path_factory: pytest.TempPathFactory) -> dict[
 def test_run_learns_and_validates_by_auc(trained: dict[str, str], impressions: str) -> None:
     folder = Path(trained["dmae"])
     assert [line["step"] for line in metrics_of(folder, "train")] == [2, 4, 6, 8]
+    for line in metrics_of(folder, "train"):
+        assert line["history_ratio"] == SMALL.candidates
+        assert line["dedup_ratio"] > 1.2
     validation = metrics_of(folder, "validation")[-1]
     assert {"auc", "gauc", "logloss", "ne", "calibration", "like.auc"} <= validation.keys()
     assert json.loads((folder / "summary.json").read_text())["best"]["auc"] > 0
@@ -109,6 +113,20 @@ def test_interrupted_run_ends_as_if_it_had_not_been(impressions: str, tmp_path: 
     assert one.keys() == other.keys()
     for name, value in one.items():
         assert torch.equal(torch.as_tensor(value), torch.as_tensor(other[name])), name
+
+
+def test_content_that_travels_with_the_batch_trains_the_same_ranker_bit_for_bit(
+    impressions: str, tmp_path: Path
+) -> None:
+    config = ranking_config(impressions, max_steps=4)
+    placements = {"sharded": ContentConfig(), "host": ContentConfig(placement="host")}
+    run_ranks(train_all, 2, {str(tmp_path / name): replace(config, content=one) for name, one in placements.items()})
+    one, other = (weights_of(tmp_path / name) for name in placements)
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert torch.equal(torch.as_tensor(value), torch.as_tensor(other[name])), name
+    lines = [metrics_of(tmp_path / name, "validation")[-1] for name in placements]
+    assert [lines[0][figure] for figure in ("auc", "logloss")] == [lines[1][figure] for figure in ("auc", "logloss")]
 
 
 def evaluate_on(env: DistributedEnv, runs: dict[str, str], output: Path) -> list[dict[str, Any]]:

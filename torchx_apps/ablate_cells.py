@@ -18,7 +18,8 @@ from mufasa_rec.evaluation.scored import Scored
 from torchx_apps.evaluate import MODEL
 
 # What makes no other cell: where the data lies, the seed (which names the cell itself), how a run is watched.
-_NO_PART = ("data.dataset", "data.prefetch", "trainer.log_every", "checkpoint", "sharding", "threads", "seed")
+_NO_PART = ("data.dataset", "data.prefetch", "content.placement", "trainer.log_every", "checkpoint", "sharding",
+            "threads", "seed")  # fmt: skip
 # What a task does not read.
 _FUSION = ("model.fusion_source", "model.finetune_fusion", "optimizer.fusion_share")  # without a fusion layer inside
 _UNREAD = {"retrieval": ("task", "ranker", "data.requests"), "ranking": ("model", "data.negatives", "mask_seen")}

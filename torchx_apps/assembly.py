@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,6 +15,7 @@ from torch import nn
 
 from mufasa_rec.config import RunConfig
 from mufasa_rec.data import paths
+from mufasa_rec.data.content import ContentStore
 from mufasa_rec.data.item_lookup import ItemLookup, ItemVocabulary, split_of
 from mufasa_rec.data.loader import Loader
 from mufasa_rec.data.negatives import NegativeSampler
@@ -24,6 +27,7 @@ from mufasa_rec.distributed.env import DistributedEnv
 from mufasa_rec.evaluation.retrieval import Evaluator, RetrieverScorer
 from mufasa_rec.models.ranker import Ranker
 from mufasa_rec.models.retriever import Retriever
+from mufasa_rec.modules.content_codes import pack
 from mufasa_rec.modules.item_fusion import ItemFusion
 from mufasa_rec.modules.segmentation import BorderConfig
 from mufasa_rec.modules.sparse_arch import table_name
@@ -48,8 +52,16 @@ def open_dataset(config: RunConfig, vocabulary: ItemVocabulary | None = None) ->
     manifest = DatasetManifest.load(folder)
     ref, split = split_of(manifest, folder, config.data.split)
     modalities = config.data.modalities if config.uses_content else ()
+    if config.uses_content:
+        config.content.refuse_unknown(manifest.content if modalities is None else modalities)
     catalog = ItemLookup(
-        folder, manifest, split, modalities=modalities, min_count=config.data.min_count, vocabulary=vocabulary
+        folder,
+        manifest,
+        split,
+        modalities=modalities,
+        min_count=config.data.min_count,
+        vocabulary=vocabulary,
+        carried=config.content.on_host(manifest.content),
     )
     return OpenDataset(folder, manifest, ref, split, catalog)
 
@@ -88,7 +100,7 @@ def make_loader(config: RunConfig, data: OpenDataset, part: str, env: Distribute
             actions = _action_codes(data, config.data.target_actions)
     else:  # evaluation has no backward: larger batches, and all of them fit the ranks
         data_config = replace(config.data, batch_size=config.data.num_readers * 8)
-    return Loader(
+    loader = Loader(
         groups,
         data.catalog,
         data_config,
@@ -100,6 +112,8 @@ def make_loader(config: RunConfig, data: OpenDataset, part: str, env: Distribute
         target_actions=actions,
         align=extractors.alignment(config),
     )
+    loader.pin_memory = env.device.type == "cuda"
+    return loader
 
 
 def _action_codes(data: OpenDataset, names: tuple[str, ...]) -> np.ndarray:
@@ -148,6 +162,21 @@ def content_tables(data: OpenDataset) -> tuple[str, ...]:
     return tuple(table_name(f"content.{name}") for name in data.catalog.stores)
 
 
+def content_readers(config: RunConfig, data: OpenDataset) -> dict[str, Callable[[int, int], torch.Tensor]]:
+    """What reads the rows of each frozen content table, in the table's form."""
+    found = {}
+    for name, store in data.catalog.stores.items():
+        if config.content.placement_of(name) == "sharded":
+            coded = config.content.precision_of(name) == "int8"
+            found[table_name(f"content.{name}")] = partial(_read_coded, store) if coded else store.read
+    return found
+
+
+def _read_coded(store: ContentStore, start: int, stop: int) -> torch.Tensor:
+    """Rows of a store as codes."""
+    return pack(store.read(start, stop))
+
+
 def shard_retriever(config: RunConfig, data: OpenDataset, retriever: Retriever, device: torch.device) -> nn.Module:
     """Shard the retriever, draw its tables' weights, and read the content shard by shard."""
     return shard_model(config, data, retriever, config.model.init_std, device)
@@ -167,8 +196,7 @@ def shard_model(
             logger.info("%s", line)
     sharded = sharding.shard(model, plan, device, config.sharding)
     sharding.initialise_tables(sharded, dict.fromkeys(drawn, init_std), config.seed)
-    stores = {table_name(f"content.{name}"): store.read for name, store in data.catalog.stores.items()}
-    sharding.load_rows(sharded, stores)
+    sharding.load_rows(sharded, content_readers(config, data))
     return sharded
 
 

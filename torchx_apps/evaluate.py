@@ -25,6 +25,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from mufasa_rec.config import CONFIG_FILE, RunConfig, load_config
 from mufasa_rec.data import paths
 from mufasa_rec.data.content import ContentStore
+from mufasa_rec.data.item_columns import ItemColumn
 from mufasa_rec.distributed.collectives import RankExchange
 from mufasa_rec.distributed.env import DistributedEnv, distributed
 from mufasa_rec.evaluation.baselines import MarkovScorer, PopularityScorer
@@ -211,11 +212,11 @@ def _oracle(data: assembly.OpenDataset, part: str, like: Ranked, mask_seen: bool
     return Ranked(like.user, like.target_row, found["rank"][place], top[place], like.history_length)
 
 
-def _content_rows(data: assembly.OpenDataset) -> dict[str, np.ndarray]:
+def _content_rows(data: assembly.OpenDataset) -> dict[str, ItemColumn]:
     """Content row of every item for all modalities of the data set, those that the model does not use included."""
     ids = np.asarray(data.catalog.items.ids)
     return {
-        name: ContentStore.open(data.folder, name, ref.generation, checksum=ref.checksum).rows_of(ids)
+        name: ItemColumn(ids, ContentStore.open(data.folder, name, ref.generation, checksum=ref.checksum).rows_of)
         for name, ref in data.manifest.content.items()
     }
 

@@ -74,7 +74,7 @@ def write_report(
         "split": data.catalog.split,
         "items": {
             "catalog": len(data.catalog),
-            "with_title": int((data.catalog.content_rows[config.layer.anchor] >= 0).sum()),
+            "with_title": int((data.catalog.content_rows[config.layer.anchor][:] >= 0).sum()),
             "measured": len(sample.rows),
             "whole": sample.whole,
         },
@@ -100,7 +100,7 @@ _LOSSES = ("semantic", "collaborative", "structure", "distribution")
 
 def _sample(config: FuseConfig, items: FusionItems, layer: FusionLayer, rng: np.random.Generator) -> Sample:
     anchor = config.layer.anchor
-    rows = np.flatnonzero(items.catalog.content_rows[anchor] >= 0)
+    rows = np.flatnonzero(items.catalog.content_rows[anchor][:] >= 0)
     chosen = rows if len(rows) <= _MAX_ITEMS else np.sort(rng.choice(rows, _MAX_ITEMS, replace=False))
     z = torch.from_numpy(encode(layer, items.content, chosen, config.chunk)).float()
     store = items.catalog.stores[anchor]

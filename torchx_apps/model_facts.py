@@ -33,7 +33,7 @@ class ModelFacts:
 
     Attributes:
         rows: Rows of the tables of ids and categoricals, by feature, that of items first.
-        contents: Tables of content.
+        contents: Content, and where it lies.
         multi_valued: Item categoricals, and whether they are multi-valued.
         event_categoricals: Categoricals of events.
         num_actions: Action codes, `unknown` included; 0 without actions.
@@ -59,13 +59,13 @@ def of_data(config: RunConfig, data: OpenDataset) -> ModelFacts:
     """The facts of an opened data set."""
     columns = data.catalog.items.categoricals
     return _facts(
+        config,
         data.manifest,
-        use_categoricals=_uses_categoricals(config),
         item_rows=data.catalog.vocabulary.size,
         multi_valued={name: column.offsets is not None for name, column in columns.items()},
         cardinality={name: column.cardinality for name, column in columns.items()},
         contents={name: (store.rows, store.width) for name, store in data.catalog.stores.items()},
-        num_available=int(data.catalog.available.sum()),
+        num_available=data.catalog.num_available,
     )
 
 
@@ -79,9 +79,11 @@ def of_manifest(config: RunConfig, manifest: DatasetManifest, item_rows: int | N
                 f"data.modalities: {name!r} is no content of data set {manifest.name!r}; there are "
                 f"{', '.join(manifest.content) or 'none'}."
             )
+    if config.uses_content:
+        config.content.refuse_unknown(modalities)
     return _facts(
+        config,
         manifest,
-        use_categoricals=_uses_categoricals(config),
         item_rows=manifest.items.count + 1 if item_rows is None else item_rows,
         multi_valued={name: feature.multi_valued for name, feature in items.items()},
         cardinality={name: feature.cardinality for name, feature in items.items()},
@@ -94,15 +96,16 @@ def of_manifest(config: RunConfig, manifest: DatasetManifest, item_rows: int | N
 
 
 def _facts(
+    config: RunConfig,
     manifest: DatasetManifest,
     *,
-    use_categoricals: bool,
     item_rows: int,
     multi_valued: Mapping[str, bool],
     cardinality: Mapping[str, int],
     contents: Mapping[str, tuple[int, int]],
     num_available: int,
 ) -> ModelFacts:
+    use_categoricals = config.task == "ranking" or config.model.use_categoricals
     rows = {"item": item_rows}
     events = tuple(manifest.event_categoricals()) if use_categoricals else ()
     if use_categoricals:
@@ -111,7 +114,13 @@ def _facts(
     return ModelFacts(
         rows=rows,
         contents=tuple(
-            ContentTableConfig(modality=name, num_embeddings=count, width=width)
+            ContentTableConfig(
+                modality=name,
+                num_embeddings=count,
+                width=width,
+                precision=config.content.precision_of(name),
+                placement=config.content.placement_of(name),
+            )
             for name, (count, width) in contents.items()
         ),
         multi_valued=dict(multi_valued) if use_categoricals else {},
@@ -120,10 +129,6 @@ def _facts(
         has_time=manifest.time.absolute,
         num_available=num_available,
     )
-
-
-def _uses_categoricals(config: RunConfig) -> bool:
-    return config.task == "ranking" or config.model.use_categoricals
 
 
 def num_actions(manifest: DatasetManifest) -> int:
@@ -189,7 +194,7 @@ def make_ranker(
         config: The run.
         features: What the data has.
         rows: Rows of its tables, by feature.
-        contents: Tables of content.
+        contents: Content, and where it lies.
         exchange: Reaches the other ranks; None for a world of one.
     """
     arch = build_arch(config.ranker, features, exchange)
@@ -236,7 +241,7 @@ def make_sparse_arch(
     Args:
         config: The run.
         rows: Rows of the tables of ids and categoricals, by feature.
-        contents: Tables of content.
+        contents: Content, and where it lies.
         width: Width of tables that `dims` does not name.
         dims: Width of single tables.
     """

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from mufasa_rec.config import RunConfig
+from mufasa_rec.distributed.content_config import ContentConfig
 from mufasa_rec.planning.report import PlanReport, Remedy
 from mufasa_rec.planning.topology import Topology
 
@@ -31,18 +32,22 @@ class Change:
     topology: Topology
 
 
-def find(config: RunConfig, topology: Topology, plan_again: PlanAgain) -> tuple[Remedy, ...]:
+def find(
+    config: RunConfig, topology: Topology, plan_again: PlanAgain, *, has_content: bool = True
+) -> tuple[Remedy, ...]:
     """Plan every change that applies to a run.
 
     Args:
         config: The run that does not fit.
         topology: Where it does not fit.
         plan_again: Plans a changed run.
+        has_content: Whether the run reads content.
 
     Returns:
         Those that make it fit first, then those that only help, in order of the memory that they need.
     """
-    found = [_remedy(change, plan_again(change.config, change.topology)) for change in changes(config, topology)]
+    applying = changes(config, topology, has_content=has_content)
+    found = [_remedy(change, plan_again(change.config, change.topology)) for change in applying]
     found += _more_ranks(config, topology, plan_again)
     return tuple(sorted(found, key=lambda remedy: (not remedy.fits, remedy.memory_bytes)))
 
@@ -70,9 +75,11 @@ def _more_ranks(config: RunConfig, topology: Topology, plan_again: PlanAgain) ->
         factor *= 2
 
 
-def changes(config: RunConfig, topology: Topology) -> Iterator[Change]:
+def changes(config: RunConfig, topology: Topology, *, has_content: bool = True) -> Iterator[Change]:
     """Single changes that apply, and all that change no result but by rounding, together."""
     single = list(_single(config, topology))
+    if has_content and config.uses_content and config.content == ContentConfig():
+        single += _content(config, topology)
     for words, options, changed in single:
         yield Change(words, options, changed, topology)
     together, names, options = config, [], []
@@ -94,6 +101,18 @@ def _single(config: RunConfig, topology: Topology) -> Iterator[Changed]:
         found = change(config, topology)
         if found is not None:
             yield found
+
+
+def _content(config: RunConfig, topology: Topology) -> Iterator[Changed]:
+    """Content elsewhere, where there is another place than a rank's own memory, or in fewer bits."""
+    if topology.compute_device != "cpu":
+        on_host = ContentConfig(placement="host")
+        yield "content in host memory", "--content.placement host", replace(config, content=on_host)
+    try:
+        coded = replace(config, content=ContentConfig(precision="int8"))
+    except ValueError:  # the run averages or rounds what is looked up
+        return
+    yield "content in 8 bits", "--content.precision int8", coded
 
 
 def _half_weights(config: RunConfig, topology: Topology) -> Changed | None:

@@ -63,7 +63,7 @@ def plan_run(
         tables=config.tables,
         optimizer=config.optimizer.tables,
         frozen=frozenset(frozen),
-        content=frozenset(name for name in frozen if name.startswith("content.")),
+        content={f"content.{content.modality}": content for content in sparse.contents},
     )
     report = plan_model(model, topology, rules, load)
     if report.fits or not remedies:
@@ -72,7 +72,7 @@ def plan_run(
     def again(changed: RunConfig, where: Topology) -> PlanReport:
         return plan_run(changed, manifest, where, item_rows=item_rows, remedies=False)
 
-    return replace(report, remedies=plan_remedies.find(config, topology, again))
+    return replace(report, remedies=plan_remedies.find(config, topology, again, has_content=bool(sparse.contents)))
 
 
 def describe(
@@ -142,6 +142,7 @@ def _load(
         ids=ids,
         dense_parameters=sum(parameters.values()),
         dense_flops=float(flops),
+        batches_ahead=config.data.prefetch,
         objective_flops=2.0 * _FORWARD_AND_BACKWARD * events * candidates * width if retrieval else 0.0,
         attention_flops=attention_flops(size, width, events, history, sparse=sparse),
         activation_bytes=_activation_bytes(config, facts, size, width, events=events, items=items),

@@ -12,6 +12,7 @@ from mufasa_rec.config import RunConfig
 from mufasa_rec.data import raw
 from mufasa_rec.data.coding import Vocabulary
 from mufasa_rec.data.content import ContentStore
+from mufasa_rec.data.item_columns import ItemColumn
 from mufasa_rec.data.parquet import list_row_groups
 from mufasa_rec.data.ranking_batch import USER
 from mufasa_rec.data.ranking_collate import ShownFeatures
@@ -72,7 +73,7 @@ def make_loader(config: RunConfig, data: assembly.OpenDataset, part: str, env: D
     """The loader of one part; the training part is shuffled and may drop negatives, the others do neither."""
     columns = [*(["action"] if data.has("action") else []), *(["timestamp"] if data.has_time else [])]
     training = part == "train"
-    return RankingLoader(
+    loader = RankingLoader(
         list_row_groups(data.folder, data.manifest, data.ref, part),
         data.catalog,
         features_of(config, data),
@@ -84,6 +85,8 @@ def make_loader(config: RunConfig, data: assembly.OpenDataset, part: str, env: D
         world_size=env.world_size,
         seed=config.seed,
     )
+    loader.pin_memory = env.device.type == "cuda"
+    return loader
 
 
 def table_rows(config: RunConfig, data: assembly.OpenDataset) -> dict[str, int]:
@@ -115,13 +118,14 @@ def make_evaluator(
     return ImpressionsEvaluator(loader, impressions_of(data).tasks, has_content(data), exchange, env.device)
 
 
-def has_content(data: assembly.OpenDataset) -> dict[str, np.ndarray]:
+def has_content(data: assembly.OpenDataset) -> dict[str, ItemColumn]:
     """Whether each item has a modality, for all of the data set's, those that the model does not use included."""
     ids = np.asarray(data.catalog.items.ids)
-    return {
-        name: ContentStore.open(data.folder, name, ref.generation, checksum=ref.checksum).rows_of(ids) >= 0
+    stores = {
+        name: ContentStore.open(data.folder, name, ref.generation, checksum=ref.checksum)
         for name, ref in data.manifest.content.items()
     }
+    return {name: ItemColumn(ids, lambda ids, store=store: store.rows_of(ids) >= 0) for name, store in stores.items()}
 
 
 def row_ids(config: RunConfig, data: assembly.OpenDataset) -> dict[str, RowIds]:

@@ -73,12 +73,14 @@ class Batch(Moving):
         timestamps_ms: Time of each event, `[L]`, or None.
         actions: Action of each event, `[L]`, or None.
         present: Which batch items have each modality, `[U]` bool.
+        content: Vectors of the batch items by modality, for those that travel with the batch, each `[U, P]` float16.
         category_lengths: Number of values of each multi-valued item categorical, `[U]`.
         user: User of each row, `[B]` (raw id or hash).
         target_row: Item-store row of each row's last target, `[B]`.
         seen_row: Item-store rows of all earlier events of every row's user, when asked for; else empty.
         seen_offsets: Offsets of `seen_row`, `[B + 1]`.
         num_targets: Sum of the positive entries of `target_weight > 0`, known on the host.
+        num_asked: Items that events, targets and candidates ask for; `U` of them are distinct and looked up.
         num_rows: Rows `B` that are real: a rank without rows gets one empty row.
         epoch: Epoch of the batch.
         step: Step inside the epoch.
@@ -100,8 +102,10 @@ class Batch(Moving):
     timestamps_ms: Tensor | None = None
     actions: Tensor | None = None
     present: dict[str, Tensor] = field(default_factory=dict)
+    content: dict[str, Tensor] = field(default_factory=dict)
     category_lengths: dict[str, Tensor] = field(default_factory=dict)
     num_targets: int = 0
+    num_asked: int = 0
     num_rows: int = 0
     epoch: int = 0
     step: int = 0
@@ -110,3 +114,13 @@ class Batch(Moving):
     def num_events(self) -> int:
         """Events `L` of this rank's histories."""
         return len(self.event_item)
+
+    @property
+    def num_items(self) -> int:
+        """Items `U` that are looked up."""
+        return len(self.item_row)
+
+    @property
+    def num_readings(self) -> int:
+        """What histories are read for: rows, each its own."""
+        return self.num_rows

@@ -100,11 +100,29 @@ def distinct(rows: np.ndarray, num_items: int) -> tuple[np.ndarray, np.ndarray]:
     return found, place[rows]
 
 
-def item_features(catalog: ItemLookup, rows: np.ndarray) -> tuple[dict[str, np.ndarray], dict, dict]:
-    """Lookups of items `rows [U]`: ids by feature, presence by modality, value counts by multi-valued categorical."""
+@dataclass(frozen=True)
+class ItemFeatures:
+    """What a batch says of its items, `[U]`.
+
+    Attributes:
+        ids: Ids to look up, by feature.
+        present: Which have each modality, `[U]` bool.
+        counts: Values of each multi-valued categorical, `[U]`.
+        content: Vectors of the modalities that travel with the batch, each `[U, P]` float16.
+    """
+
+    ids: dict[str, np.ndarray]
+    present: dict[str, torch.Tensor]
+    counts: dict[str, torch.Tensor]
+    content: dict[str, torch.Tensor]
+
+
+def item_features(catalog: ItemLookup, rows: np.ndarray) -> ItemFeatures:
+    """What a batch says of items `rows [U]`."""
     ids = {ITEM: catalog.keys[rows]}
     counts: dict[str, torch.Tensor] = {}
     present: dict[str, torch.Tensor] = {}
+    content: dict[str, torch.Tensor] = {}
     for name, column in catalog.items.categoricals.items():
         if column.offsets is None:
             ids[f"{ITEM}.{name}"] = column.values[rows].astype(np.int64)
@@ -115,9 +133,12 @@ def item_features(catalog: ItemLookup, rows: np.ndarray) -> tuple[dict[str, np.n
         counts[name] = torch.from_numpy(size)
     for name, content_rows in catalog.content_rows.items():
         row = content_rows[rows]
-        ids[f"content.{name}"] = np.maximum(row, 0)
+        if name in catalog.carried:
+            content[name] = catalog.stores[name].halves(row)
+        else:
+            ids[f"content.{name}"] = np.maximum(row, 0)
         present[name] = torch.from_numpy(row >= 0)
-    return ids, present, counts
+    return ItemFeatures(ids, present, counts, content)
 
 
 def keyed_jagged(ids: dict[str, np.ndarray]) -> KeyedJaggedTensor:
@@ -157,7 +178,8 @@ def collate(
         rows, place = distinct(everything, len(catalog))
     else:
         rows, place = everything, np.arange(len(everything))
-    ids, present, counts = item_features(catalog, rows)
+    items = item_features(catalog, rows)
+    ids = items.ids
     layout = _layout(windows)
     for name in sorted(windows.columns.keys() - NOT_CATEGORICAL):
         ids[f"event.{name}"] = windows.columns[name][layout.history].astype(np.int64, copy=False)
@@ -183,9 +205,11 @@ def collate(
         seen_offsets=torch.from_numpy(seen_offsets),
         timestamps_ms=_taken(windows, "timestamp", layout.history),
         actions=_taken(windows, "action", layout.history),
-        present=present,
-        category_lengths=counts,
+        present=items.present,
+        content=items.content,
+        category_lengths=items.counts,
         num_targets=int((weight > 0).sum()),
+        num_asked=len(everything),
         num_rows=len(windows.lengths),
     )
 

@@ -169,6 +169,14 @@ class MappedSegment:
             vectors *= self._scales.numpy()[start:stop, None]
         return vectors
 
+    def halves(self, rows: np.ndarray) -> torch.Tensor:
+        """Some rows in float16, as `half` gives them."""
+        index = torch.from_numpy(rows)
+        vectors = self._vectors.index_select(0, index)
+        if self._scales is None:
+            return vectors
+        return (vectors.float() * self._scales.index_select(0, index)[:, None]).half()
+
     def gather(self, rows: np.ndarray) -> np.ndarray:
         """Some rows in float32."""
         vectors = self._vectors.numpy()[rows].astype(np.float32)

@@ -7,7 +7,7 @@ checksum still opens exactly the rows it saw. Training rows never hold vectors; 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -84,7 +84,7 @@ class ContentStore:
             ids: Raw item ids, int64 `[k]`.
 
         Returns:
-            Rows, int64 `[k]`; -1 for an id that has no vector here.
+            Rows, int64 `[k]`; -1 for an id that has no vector here. The index is mapped: a search reads its pages.
         """
         rows = np.full(len(ids), -1, np.int64)
         for start, segment in zip(self._starts, self._segments, strict=False):
@@ -143,13 +143,33 @@ class ContentStore:
         Returns:
             Vectors, float32 `[k, P]`; zeros where the row is -1.
         """
-        if rows.size and (rows.min() < -1 or rows.max() >= self.rows):
-            raise ValueError(f"rows {rows.min()} to {rows.max()} of `{self.name}`: give -1 or 0 to {self.rows - 1}")
         vectors = np.zeros((len(rows), self.width), np.float32)
-        for start, segment in zip(self._starts, self._segments, strict=False):
-            inside = np.flatnonzero((rows >= start) & (rows < start + segment.rows))
+        for start, segment, inside in self._parts_of(rows):
             vectors[inside] = segment.gather(rows[inside] - start)
         return vectors
+
+    def halves(self, rows: np.ndarray) -> torch.Tensor:
+        """Vectors of some rows as a table would hold them.
+
+        Args:
+            rows: As for `gather`.
+
+        Returns:
+            Vectors, float16 `[k, P]`, bit for bit those of `read`; zeros where the row is -1.
+        """
+        vectors = torch.zeros(len(rows), self.width, dtype=torch.float16)
+        for start, segment, inside in self._parts_of(rows):
+            if len(inside) == len(rows):
+                return segment.halves(rows - start)
+            vectors[torch.from_numpy(inside)] = segment.halves(rows[inside] - start)
+        return vectors
+
+    def _parts_of(self, rows: np.ndarray) -> Iterator[tuple[int, MappedSegment, np.ndarray]]:
+        """Segments with their first rows, and which of `rows` each holds."""
+        if rows.size and (rows.min() < -1 or rows.max() >= self.rows):
+            raise ValueError(f"rows {rows.min()} to {rows.max()} of `{self.name}`: give -1 or 0 to {self.rows - 1}")
+        for start, segment in zip(self._starts, self._segments, strict=False):
+            yield int(start), segment, np.flatnonzero((rows >= start) & (rows < start + segment.rows))
 
     def verify(self) -> None:
         """Reads every segment once and compares its SHA-256.

@@ -1,11 +1,15 @@
 """All about items that a batch needs, resolved to item-store rows once: embedding keys, content rows, availability.
 
 Training rows keep raw ids. Here is the one place where a raw id becomes an item row, and an item row an embedding key.
+What is known of every item stays in mapped files or is worked out for the items that are asked for: `docs/content.md`
+says what is left in memory.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -13,11 +17,13 @@ from safetensors.numpy import save_file
 
 from mufasa_rec.data import paths
 from mufasa_rec.data.content import ContentStore
+from mufasa_rec.data.item_columns import ItemColumn
 from mufasa_rec.data.items import ALWAYS_FROM, ItemStore
 from mufasa_rec.data.schema import DatasetManifest, SplitManifest, SplitRef
 
 VOCABULARY_FILE = "vocabulary.safetensors"
-_DIRECT_TABLE_LIMIT = 1 << 26  # ids up to here are looked up in a table of at most 512 MB instead of by binary search
+_DIRECT_TABLE_LIMIT = 1 << 24  # ids up to here are looked up in a table of at most 64 MiB instead of by binary search
+_CHUNK_ITEMS = 1 << 20  # items whose availability is worked out at once
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,7 @@ class ItemVocabulary:
 
     @classmethod
     def load(cls, folder: paths.Location) -> ItemVocabulary:
-        """Read the vocabulary of a run folder."""
+        """Map the vocabulary of a run folder."""
         tensors, metadata = _load(paths.join(folder, VOCABULARY_FILE))
         return cls(tensors["id"], metadata["split"], int(metadata["min_count"]))
 
@@ -74,6 +80,17 @@ class ItemLookup:
         modalities: Content modalities to use; all when None.
         min_count: Training events that an item needs for an embedding of its own; ignored with a vocabulary.
         vocabulary: The vocabulary of an existing run; None makes one from the split's counts.
+        carried: Modalities whose vectors travel with the batch.
+
+    Attributes:
+        items: The item store.
+        split: The split, as `<id>@<hash>`.
+        counts: Training events of each item row, mapped.
+        vocabulary: Which items have an embedding of their own.
+        stores: The content store of each modality.
+        keys: Embedding key of each item row.
+        content_rows: Row of each item row in the store of each modality, -1 where it has none.
+        carried: Modalities whose vectors travel with the batch.
 
     Raises:
         ValueError: For an unknown modality, or counts or a vocabulary that belong to another split.
@@ -88,27 +105,53 @@ class ItemLookup:
         modalities: tuple[str, ...] | None = None,
         min_count: int = 1,
         vocabulary: ItemVocabulary | None = None,
+        carried: tuple[str, ...] = (),
     ) -> None:
         self.items = ItemStore.open(dataset, manifest.items.generation)
         self.split = f"{split.id}@{split.hash}"
         self.counts = _read_counts(dataset, split, len(self.items))
         ids = np.asarray(self.items.ids)
         if vocabulary is None:
-            vocabulary = ItemVocabulary(ids[self.counts >= max(min_count, 1)], self.split, min_count)
+            own = self.counts >= max(min_count, 1)
+            vocabulary = ItemVocabulary(ids if own.all() else ids[own], self.split, min_count)
         elif vocabulary.split != self.split:
             raise ValueError(
                 f"vocabulary: made from split {vocabulary.split}, but this run uses {self.split}; "
                 "use the split that the run was trained on, or train again."
             )
-        self.vocabulary = vocabulary
-        self.keys = vocabulary.keys_of(ids)
-        self.available = _available_in_training(self.items, self.counts, split)
+        self.vocabulary, self._border = vocabulary, split.borders.get("train_end")
         self.stores = {name: _open_store(dataset, manifest, split, name) for name in _chosen(manifest, modalities)}
-        self.content_rows = {name: store.rows_of(ids) for name, store in self.stores.items()}
+        self.carried = carried
+        self.keys = ItemColumn(ids, vocabulary.keys_of)
+        self.content_rows = {name: ItemColumn(ids, store.rows_of) for name, store in self.stores.items()}
         self._direct = _direct_table(ids)
 
     def __len__(self) -> int:
         return len(self.items)
+
+    @cached_property
+    def available(self) -> np.ndarray:
+        """Which items could have been chosen in training, `[items]` bool: only these may serve as negatives."""
+        return np.concatenate([np.zeros(0, bool), *self._available()])
+
+    @property
+    def num_available(self) -> int:
+        """How many those are."""
+        return sum(int(part.sum()) for part in self._available())
+
+    def _available(self) -> Iterator[np.ndarray]:
+        """`available`, chunk by chunk.
+
+        With a known release date: released by the last training event. Without one, an item that nobody chose may not
+        have existed, and teaching the model that such items are never chosen would make cold items unreachable.
+        """
+        released = np.asarray(self.items.available_from)
+        for start in range(0, len(self), _CHUNK_ITEMS):
+            part = slice(start, start + _CHUNK_ITEMS)
+            chosen = self.counts[part] > 0
+            if self._border is not None:
+                chosen |= (released[part] != ALWAYS_FROM) & (released[part] <= self._border)
+            yield chosen
 
     def rows_of(self, ids: np.ndarray) -> np.ndarray:
         """Item rows `[n]` of raw ids `[n]`.
@@ -120,7 +163,7 @@ class ItemLookup:
             rows = self.items.rows_of(ids)
         else:
             outside = (ids < 0) | (ids >= len(self._direct))
-            rows = self._direct[np.where(outside, 0, ids)]
+            rows = self._direct[np.where(outside, 0, ids)].astype(np.int64)
             if outside.any():
                 rows[outside] = -1
         if len(rows) and rows.min() < 0:
@@ -145,10 +188,11 @@ def split_of(manifest: DatasetManifest, dataset: paths.Location, name: str) -> t
 
 
 def _load(file: paths.Location) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Tensors and metadata of a safetensors file."""
+    """Tensors and metadata of a safetensors file, mapped as torch's loader does; NumPy's copies."""
     try:
-        with safe_open(paths.local_copy(file), framework="numpy") as handle:
-            return {name: handle.get_tensor(name) for name in list(handle.keys())}, dict(handle.metadata() or {})
+        with safe_open(paths.local_copy(file), framework="pt") as handle:
+            found = {name: handle.get_tensor(name).numpy() for name in list(handle.keys())}
+            return found, dict(handle.metadata() or {})
     except SafetensorError as error:
         raise ValueError(f"{file}: not a whole safetensors file ({error}); write it again.") from error
 
@@ -166,19 +210,6 @@ def _read_counts(dataset: paths.Location, split: SplitManifest, num_items: int) 
     if found != num_items:
         raise ValueError(f"{file}: {found} counts for {num_items} items; prepare the data set again.")
     return tensors["count"]
-
-
-def _available_in_training(items: ItemStore, counts: np.ndarray, split: SplitManifest) -> np.ndarray:
-    """Which items could have been chosen in training, `[items]` bool: only these may serve as negatives.
-
-    With a known release date: released by the last training event. Without one, an item that nobody chose may not have
-    existed, and teaching the model that such items are never chosen would make cold items unreachable.
-    """
-    border = split.borders.get("train_end")
-    known = np.asarray(items.available_from) != ALWAYS_FROM
-    if border is None:
-        return counts > 0
-    return (counts > 0) | (known & (np.asarray(items.available_from) <= border))
 
 
 def _chosen(manifest: DatasetManifest, modalities: tuple[str, ...] | None) -> list[str]:
@@ -210,6 +241,6 @@ def _direct_table(ids: np.ndarray) -> np.ndarray | None:
     """Item row by raw id, -1 where there is none, when ids are small enough that a table beats a binary search."""
     if not len(ids) or ids[0] < 0 or ids[-1] >= min(_DIRECT_TABLE_LIMIT, 64 * len(ids) + 1_000_000):
         return None
-    table = np.full(int(ids[-1]) + 1, -1, dtype=np.int64)
-    table[ids] = np.arange(len(ids))
+    table = np.full(int(ids[-1]) + 1, -1, dtype=np.int32)
+    table[ids] = np.arange(len(ids), dtype=np.int32)
     return table

@@ -89,6 +89,9 @@ class ItemStore:
         """
         if not len(self):
             return np.full(np.shape(ids), -1, np.int64)
+        first, last = int(self.ids[0]), int(self.ids[-1])
+        if last - first + 1 == len(self):  # no gaps
+            return np.where((ids >= first) & (ids <= last), ids - first, -1)
         rows = np.searchsorted(self.ids, ids)
         rows = np.minimum(rows, len(self) - 1)
         return np.where(self.ids[rows] == ids, rows, -1)

@@ -16,6 +16,7 @@ from typing import Literal
 
 import numpy as np
 
+from mufasa_rec.data.item_columns import ChosenItems
 from mufasa_rec.data.randomness import generator, uniform
 
 _FULL_LIMIT = 20_000  # items up to which `auto` means full softmax
@@ -61,17 +62,18 @@ class NegativeSampler:
         self, config: NegativesConfig, available: np.ndarray, counts: np.ndarray, targets_per_row: float, seed: int
     ) -> None:
         self.config, self.seed = config, seed
-        self.rows = np.flatnonzero(available)
-        if not len(self.rows):
+        self.items = ChosenItems(available)
+        if not len(self.items):
             raise ValueError("items: none is available in the training period, so there is nothing to train on.")
-        self.full = config.is_full(len(self.rows))
+        self.full = config.is_full(len(self.items))
         if not self.full and config.num_uniform + config.num_inbatch == 0:
             raise ValueError(
-                f"data.negatives.num_uniform and num_inbatch are both 0, but the softmax over {len(self.rows)} items "
+                f"data.negatives.num_uniform and num_inbatch are both 0, but the softmax over {len(self.items)} items "
                 "is sampled; give one of them, or set data.negatives.softmax='full'."
             )
         self.available = available
-        self.popularity = counts / max(int(counts.sum()), 1)
+        self._all = np.flatnonzero(available) if self.full else available[:0]  # what every step scores
+        self.counts, self.total = counts, max(int(counts.sum()), 1)
         self.targets_per_row = targets_per_row
 
     def check_targets(self, rows: np.ndarray) -> None:
@@ -89,10 +91,12 @@ class NegativeSampler:
 
     def shared(self, epoch: int, step: int, rank: int, world_size: int) -> np.ndarray:
         """Item rows of this rank's part of the candidates that every rank shares, `[c]`."""
-        rows = self.rows
+        rows = self._all
         if not self.full:
-            draw = generator(self.seed, epoch, step, _UNIFORM_STREAM).integers(0, len(rows), self.config.num_uniform)
-            rows = rows[draw]
+            draw = generator(self.seed, epoch, step, _UNIFORM_STREAM).integers(
+                0, len(self.items), self.config.num_uniform
+            )
+            rows = self.items.rows(draw)
         return rows[len(rows) * rank // world_size : len(rows) * (rank + 1) // world_size]
 
     def in_batch(self, epoch: int, row_id: np.ndarray, position: np.ndarray, num_rows: int) -> np.ndarray:
@@ -114,6 +118,7 @@ class NegativeSampler:
         if self.full:
             return np.zeros(len(rows), dtype=np.float32)
         expected_targets = num_rows * self.targets_per_row
-        expected = self.share(num_rows) * expected_targets * self.popularity[rows]
-        expected = expected + self.config.num_uniform / len(self.rows)
+        popularity = self.counts[rows] / self.total
+        expected = self.share(num_rows) * expected_targets * popularity
+        expected = expected + self.config.num_uniform / len(self.items)
         return -np.log(np.maximum(expected, 1e-12)).astype(np.float32)

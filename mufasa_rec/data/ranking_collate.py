@@ -144,7 +144,8 @@ def collate_requests(
         rows, place = distinct(everything, len(catalog))
     else:
         rows, place = everything, np.arange(len(everything))
-    ids, present, counts = item_features(catalog, rows)
+    items = item_features(catalog, rows)
+    ids = items.ids
     for name in sorted(windows.columns.keys() - NOT_CATEGORICAL):
         ids[f"event.{name}"] = windows.columns[name].astype(np.int64, copy=False)
     ids[USER] = features.users.keys_of(windows.user)
@@ -172,9 +173,11 @@ def collate_requests(
         request_time_ms=torch.from_numpy(np.repeat(shown.time, shown.lengths)),
         timestamps_ms=_column(windows, raw.TIMESTAMP),
         actions=_column(windows, raw.ACTION),
-        present=present,
-        category_lengths=counts,
+        present=items.present,
+        content=items.content,
+        category_lengths=items.counts,
         num_targets=number,
+        num_asked=len(everything),
         num_rows=len(windows.lengths),
     )
 

@@ -11,12 +11,13 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
+from mufasa_rec.data.batch import Moving
 from mufasa_rec.data.order import EpochOrder, plan_epoch, readers_of
 from mufasa_rec.data.parquet import RowGroup, RowGroupReader, RowGroupRef, ShownGroup
 from mufasa_rec.data.randomness import generator
 
 _PERMUTATION_STREAM = 4
-T = TypeVar("T")
+T = TypeVar("T", bound=Moving)
 
 
 class StreamConfig(Protocol):
@@ -64,7 +65,12 @@ class RowLoader(abc.ABC, Generic[T]):
         rank: This rank.
         world_size: Number of ranks.
         seed: Seed of the run.
+
+    Attributes:
+        pin_memory: Whether batches are made in page-locked memory, from which copies to a GPU run beside computation.
     """
+
+    pin_memory = False
 
     def __init__(
         self,
@@ -110,9 +116,13 @@ class RowLoader(abc.ABC, Generic[T]):
         last = order.num_steps if num_steps is None else min(order.num_steps, first_step + num_steps)
         steps = range(first_step, last)
         if not self._stream.prefetch:
-            yield from (self.make(order, step) for step in steps)
+            yield from (self._finished(order, step) for step in steps)
             return
-        yield from _ahead((lambda step=step: self.make(order, step) for step in steps), self._stream.prefetch)
+        yield from _ahead((lambda step=step: self._finished(order, step) for step in steps), self._stream.prefetch)
+
+    def _finished(self, order: EpochOrder, step: int) -> T:
+        batch = self.make(order, step)
+        return batch.pin_memory() if self.pin_memory else batch
 
     def _pieces(self, order: EpochOrder, step: int) -> tuple[list[tuple[RowGroup, np.ndarray]], bool]:
         """Row groups and rows of this rank's share of a step, and whether it has any.

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mufasa_rec.data.item_columns import ItemColumn
 from mufasa_rec.data.ranking_batch import RankingBatch
 from mufasa_rec.data.row_loader import RowLoader
 from mufasa_rec.distributed.collectives import RankExchange
@@ -34,7 +35,7 @@ class ImpressionsEvaluator:
     Args:
         loader: Evaluation batches of this rank.
         tasks: Names of the tasks, in the order of the labels.
-        has: Whether each item row has a modality, `[items]` bool, for slices.
+        has: Whether each item row has a modality, bool by row, for slices.
         exchange: Reaches the other ranks.
         device: Where scores are computed.
         config: How exact the metrics are.
@@ -44,7 +45,7 @@ class ImpressionsEvaluator:
         self,
         loader: RowLoader[RankingBatch],
         tasks: Sequence[str],
-        has: Mapping[str, np.ndarray],
+        has: Mapping[str, ItemColumn],
         exchange: RankExchange,
         device: torch.device,
         config: RankingMetricsConfig | None = None,
@@ -56,7 +57,7 @@ class ImpressionsEvaluator:
             device,
             config,
         )
-        self.has = {name: torch.from_numpy(mask) for name, mask in has.items()}
+        self.has = has
 
     @torch.no_grad()
     def evaluate(
@@ -104,6 +105,6 @@ class ImpressionsEvaluator:
             none = np.zeros(0, np.int64)
             return impression_slices(none, none, dict.fromkeys(self.has, none))
         history = torch.repeat_interleave(batch.history_length, torch.diff(batch.candidate_offsets))
-        rows = batch.item_row[batch.candidate_item]
-        has = {name: mask[rows].numpy() for name, mask in self.has.items()}
+        rows = batch.item_row[batch.candidate_item].numpy()
+        has = {name: column[rows] for name, column in self.has.items()}
         return impression_slices(batch.item_count.numpy(), history.numpy(), has)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from mufasa_rec.data.item_columns import ItemColumn
 from mufasa_rec.data.item_lookup import ItemLookup
 from mufasa_rec.evaluation.ranks import Ranked, bootstrap_interval, gains
 
@@ -16,7 +17,9 @@ _COLD = "no training event"
 _HISTORY_BORDERS = (50, 200)
 
 
-def slices_of(ranked: Ranked, catalog: ItemLookup, all_stores: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def slices_of(
+    ranked: Ranked, catalog: ItemLookup, all_stores: Mapping[str, np.ndarray | ItemColumn]
+) -> dict[str, np.ndarray]:
     """Which users belong to which slice, `[Q]` bool by name.
 
     Args:
@@ -42,7 +45,7 @@ def slices_of(ranked: Ranked, catalog: ItemLookup, all_stores: Mapping[str, np.n
 
 
 def summarise(
-    name: str, ranked: Ranked, catalog: ItemLookup, all_stores: Mapping[str, np.ndarray], seconds: float
+    name: str, ranked: Ranked, catalog: ItemLookup, all_stores: Mapping[str, np.ndarray | ItemColumn], seconds: float
 ) -> dict[str, Any]:
     """One row of `evaluation.json`.
 

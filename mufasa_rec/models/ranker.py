@@ -1,6 +1,6 @@
 """The click-through-rate ranker: requests with several candidates each, to one logit per candidate and task.
 
-    batch.features -> SparseArch (sharded lookups) -> RankerArch (data-parallel): interests, over-arch, objective
+    batch.features -> SparseArch (sharded) -> Merge -> RankerArch (data-parallel): interests, over-arch, objective
 
 A request's history is looked up, embedded and read once for all of its candidates. `RankerArch` has no sharded
 descendant, so TorchRec's pipeline treats it as a leaf and it may use ordinary control flow.
@@ -14,7 +14,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from mufasa_rec.models.ranker_config import RankingFeatures
 from mufasa_rec.modules.history import Candidates, History, InterestExtractor
@@ -22,7 +22,7 @@ from mufasa_rec.modules.item_tower import mean_of_lists
 from mufasa_rec.modules.over_arch import OverArch
 from mufasa_rec.modules.ranking_objective import RankingObjective
 from mufasa_rec.modules.similarity_interest import RestoringExtractor
-from mufasa_rec.modules.sparse_arch import SparseArch, merge
+from mufasa_rec.modules.sparse_arch import Merge, SparseArch
 from mufasa_rec.ops.jagged import sequence_ids
 
 
@@ -41,6 +41,7 @@ class RankingInputs(Protocol):
         candidate_item: Batch item of each candidate, `[C]`.
         candidate_offsets: Candidates of each request, `[B + 1]`.
         request_time_ms: Time of each candidate's request, `[C]`, or None.
+        content: Vectors of the batch items by modality, for those that travel with the batch, each `[U, P]`.
         present: Which batch items have each modality, `[U]` bool.
         category_lengths: Number of values of each multi-valued item categorical, `[U]`.
         dense: Numbers known about each candidate, `[C, F]`.
@@ -59,6 +60,7 @@ class RankingInputs(Protocol):
     candidate_item: Tensor
     candidate_offsets: Tensor
     request_time_ms: Tensor | None
+    content: dict[str, Tensor]
     present: dict[str, Tensor]
     category_lengths: dict[str, Tensor]
     dense: Tensor
@@ -109,17 +111,16 @@ class RankerArch(nn.Module):
         self.extractors = nn.ModuleDict(extractors)
         self.over_arch, self.objective, self.features, self.width = over_arch, objective, features, width
 
-    def forward(self, looked_up: list[dict[str, JaggedTensor]], batch: RankingInputs) -> tuple[Tensor, RankerOutput]:
+    def forward(self, values: dict[str, Tensor], batch: RankingInputs) -> tuple[Tensor, RankerOutput]:
         """Run the data-parallel part of a step.
 
         Args:
-            looked_up: What `SparseArch` looked up for the batch.
+            values: What was looked up for the batch and what it carries, by feature, as `Merge` gives it.
             batch: The batch.
 
         Returns:
             The loss (a zero in evaluation) and the output.
         """
-        values = merge(looked_up)
         items = self._items(values, batch)
         history, candidates = self._history(items, values, batch), self._candidates(items, values, batch)
         interests, restored, places = self._interests(history, candidates)
@@ -215,8 +216,8 @@ class Ranker(nn.Module):
 
     def __init__(self, sparse: SparseArch, dense: RankerArch) -> None:
         super().__init__()
-        self.sparse, self.dense = sparse, dense
+        self.sparse, self.merge, self.dense = sparse, Merge(sparse.packed), dense
 
     def forward(self, batch: RankingInputs) -> tuple[Tensor, RankerOutput]:
         """Return the loss and the output of a batch."""
-        return self.dense(self.sparse(batch.features), batch)
+        return self.dense(self.merge(self.sparse(batch.features), batch.content), batch)

@@ -1,6 +1,6 @@
 """The sequence retriever: histories to user vectors, items to item vectors, in one space.
 
-    batch.features -> SparseArch (sharded lookups) -> RetrieverArch (data-parallel): item tower, extractor, objective
+    batch.features -> SparseArch (sharded) -> Merge -> RetrieverArch (data-parallel): item tower, extractor, objective
 
 `RetrieverArch` has no sharded descendant, so TorchRec's pipeline treats it as a leaf and it may use ordinary control
 flow.
@@ -14,14 +14,13 @@ from typing import Literal, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from mufasa_rec.data.batch import Batch
 from mufasa_rec.modules.history import History, InterestExtractor
 from mufasa_rec.modules.item_fusion import ItemFusion
 from mufasa_rec.modules.item_tower import Items, ItemTower
 from mufasa_rec.modules.next_item import NextItemConfig, NextItemObjective, Questions
-from mufasa_rec.modules.sparse_arch import SparseArch, merge
+from mufasa_rec.modules.sparse_arch import Merge, SparseArch
 from mufasa_rec.modules.sparse_layer import SparseAttentionConfig
 
 Attention = Literal["sparse", "full"]
@@ -137,17 +136,16 @@ class RetrieverArch(nn.Module):
         self.tower, self.extractor, self.objective = tower, extractor, objective
         self.max_history, self.event_categoricals, self.raw_content = max_history, event_categoricals, raw_content
 
-    def forward(self, looked_up: list[dict[str, JaggedTensor]], batch: Batch) -> tuple[Tensor, RetrieverOutput]:
+    def forward(self, values: dict[str, Tensor], batch: Batch) -> tuple[Tensor, RetrieverOutput]:
         """Run the data-parallel part of a step.
 
         Args:
-            looked_up: What `SparseArch` looked up for the batch.
+            values: What was looked up for the batch and what it carries, by feature, as `Merge` gives it.
             batch: The batch.
 
         Returns:
             The loss (a zero in evaluation) and the output.
         """
-        values = merge(looked_up)
         present = self._content(values, batch)
         items = self.tower(values["item"].float(), values, present, batch.category_lengths)
         history = self._history(items, values, batch)
@@ -225,8 +223,8 @@ class Retriever(nn.Module):
 
     def __init__(self, sparse: SparseArch, dense: RetrieverArch) -> None:
         super().__init__()
-        self.sparse, self.dense = sparse, dense
+        self.sparse, self.merge, self.dense = sparse, Merge(sparse.packed), dense
 
     def forward(self, batch: Batch) -> tuple[Tensor, RetrieverOutput]:
         """Return the loss and the output of a batch."""
-        return self.dense(self.sparse(batch.features), batch)
+        return self.dense(self.merge(self.sparse(batch.features), batch.content), batch)

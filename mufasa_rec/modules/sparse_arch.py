@@ -1,13 +1,13 @@
 """The sharded part: tables of ids and categoricals, and the frozen content vectors, all looked up in one forward.
 
-This is the only module with sharded descendants. Everything in its `forward` is traced by TorchRec's pipeline: it hands
-the batch's finished KeyedJaggedTensor to each collection, as it is.
+`SparseArch` is the only module with sharded descendants. Everything in its `forward` is traced by TorchRec's pipeline:
+it hands the batch's finished KeyedJaggedTensor to each collection, as it is. `Merge` is where the tracer does not look.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +16,10 @@ from torchrec.modules.embedding_configs import DataType, EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingCollection
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
+from mufasa_rec.distributed.content_config import ContentPrecision, Placement
 from mufasa_rec.distributed.sharding import DATA_TYPES
 from mufasa_rec.distributed.table_config import Precision
+from mufasa_rec.modules.content_codes import packed_width, unpack
 
 CONTENT = "content"
 
@@ -51,17 +53,21 @@ class TableConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ContentTableConfig:
-    """A frozen table of content vectors.
+    """The vectors of a modality: a frozen table, or no table where they travel with the batch.
 
     Attributes:
         modality: Name of the modality; the feature is `content.<modality>`.
         num_embeddings: Vectors in the store.
         width: Width of a vector; the table is padded to a multiple of 4, as FBGEMM wants.
+        precision: Precision of the table.
+        placement: Whether there is a table.
     """
 
     modality: str
     num_embeddings: int
     width: int
+    precision: ContentPrecision = "fp16"
+    placement: Placement = "sharded"
 
     def __post_init__(self) -> None:
         if self.width < 1:
@@ -69,8 +75,8 @@ class ContentTableConfig:
 
     @property
     def padded_width(self) -> int:
-        """Width of the table."""
-        return -(-self.width // 4) * 4
+        """Columns of the table, float16 numbers."""
+        return packed_width(self.width) if self.precision == "int8" else -(-self.width // 4) * 4
 
 
 class SparseArch(nn.Module):
@@ -79,7 +85,7 @@ class SparseArch(nn.Module):
     Args:
         tables: Tables of ids and categoricals, in groups of one width and output precision.
         dim: Width of the tables that have none of their own.
-        contents: Frozen content tables.
+        contents: Modalities; those that travel with the batch get no table.
         device: Where to make the weights; ``meta`` leaves it to the sharding.
 
     Example:
@@ -93,7 +99,10 @@ class SparseArch(nn.Module):
         self, tables: Sequence[TableConfig], dim: int, contents: Sequence[ContentTableConfig], device: torch.device
     ) -> None:
         super().__init__()
+        self.contents = tuple(contents)
         self.widths = {content.modality: content.width for content in contents}
+        contents = [content for content in contents if content.placement == "sharded"]
+        self.packed = {f"{CONTENT}.{c.modality}": c.width for c in contents if c.precision == "int8"}
         trained = _groups([table for table in tables if not table.frozen], dim)
         first = f"dim_{dim}" if f"dim_{dim}" in trained else next(iter(trained), None)
         self.ids = None if first is None else EmbeddingCollection(tables=trained.pop(first), device=device)
@@ -139,7 +148,7 @@ class SparseArch(nn.Module):
 
         Returns:
             One dict per collection, feature to JaggedTensor, those of frozen tables and content without gradient.
-            They are left apart because under TorchRec's tracer they are promises that cannot be looked into; `merge`
+            They are left apart because under TorchRec's tracer they are promises that cannot be looked into; `Merge`
             joins them where the tracer does not look.
         """
         looked_up = [] if self.ids is None else [self.ids(features)]
@@ -151,6 +160,35 @@ class SparseArch(nn.Module):
             for collection in self.content.values():
                 looked_up.append(collection(features))
         return looked_up
+
+
+class Merge(nn.Module):
+    """What was looked up and what the batch carries, in one dict: the one place that knows where content lies.
+
+    It has no sharded descendant, so the tracer takes it as it is.
+
+    Args:
+        packed: Width of the vectors of each feature whose rows hold codes.
+    """
+
+    def __init__(self, packed: Mapping[str, int]) -> None:
+        super().__init__()
+        self.packed = dict(packed)
+
+    def forward(self, looked_up: Sequence[dict[str, JaggedTensor]], carried: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Join them.
+
+        Args:
+            looked_up: What `SparseArch` gave.
+            carried: Content of the batch's items by modality, each `[U, P]`.
+
+        Returns:
+            Feature to fp32 values, `[number of ids, dim]`; content may have more columns than its vectors.
+        """
+        values = merge(looked_up)
+        for name, width in self.packed.items():
+            values[name] = unpack(values[name], width)
+        return values | {f"{CONTENT}.{name}": vectors.float() for name, vectors in carried.items()}
 
 
 def merge(looked_up: Sequence[dict[str, JaggedTensor]]) -> dict[str, Tensor]:

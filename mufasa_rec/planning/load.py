@@ -16,6 +16,7 @@ class StepLoad:
         dense_flops: Floating-point operations of the layers of the data-parallel part, forward and backward.
         attention_flops: Those of attention.
         objective_flops: Those of the scores of a retriever's candidates.
+        batches_ahead: Batches that the loader makes ahead.
         activation_bytes: Most memory that a step takes beside weights, gradients and optimizer state.
     """
 
@@ -24,6 +25,7 @@ class StepLoad:
     dense_flops: float = 0.0
     attention_flops: float = 0.0
     objective_flops: float = 0.0
+    batches_ahead: int = 0
     activation_bytes: int = 0
 
     @property

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,9 @@ from torchrec.modules.embedding_modules import EmbeddingCollection
 from mufasa_rec.distributed import sharding
 from mufasa_rec.distributed.sharding_config import Kernel, ShardingConfig
 from mufasa_rec.distributed.table_config import BYTES, TableOptimizerConfig, TablesConfig
+from mufasa_rec.modules.sparse_arch import ContentTableConfig
 from mufasa_rec.planning import times
+from mufasa_rec.planning.carried import carried, carried_lines
 from mufasa_rec.planning.load import StepLoad
 from mufasa_rec.planning.plan_file import plan_document
 from mufasa_rec.planning.report import ASSUMPTIONS, PlanReport, RankPlan, TablePlan, size
@@ -42,14 +44,14 @@ class TableRules:
         tables: What they are made of.
         optimizer: How those learn that do not differ.
         frozen: Features whose tables are only looked up.
-        content: Features whose tables hold content.
+        content: Content, by feature.
     """
 
     sharding: ShardingConfig
     tables: TablesConfig
     optimizer: TableOptimizerConfig
     frozen: frozenset[str] = frozenset()
-    content: frozenset[str] = frozenset()
+    content: Mapping[str, ContentTableConfig] = field(default_factory=dict)
 
     def optimizer_of(self, feature: str) -> TableOptimizerConfig | None:
         """How a table learns; None for one that does not."""
@@ -179,8 +181,12 @@ def _ranks(
             exchanged = _exchange_bytes(option, shard.size, rules, load.ids.get(feature, 1), group, feature)
             parts["exchange"][rank] += exchanged
             placed["hbm" if on_gpu else "ddr"][rank] += exchanged
+    travels = carried(rules.content, topology, load)
     for rank in range(group):
-        placed["hbm" if on_gpu else "ddr"][rank] += sum(fixed.values())
+        placed["hbm" if on_gpu else "ddr"][rank] += sum(fixed.values()) + travels.moved
+        placed["ddr"][rank] += travels.store + travels.made
+        parts["content"][rank] += travels.store
+        parts["exchange"][rank] += travels.made + travels.moved
     return tuple(
         RankPlan(
             rank=rank,
@@ -241,13 +247,17 @@ def _report(
     needs = {kind: max(getattr(rank, f"{kind}_bytes") for rank in ranks) for kind in capacity}
     over = {kind: needs[kind] - room for kind, room in capacity.items() if needs[kind] > room}
     parts = times.step_parts(topology, rules.frozen, load, options, tables, rules.sharding)
+    parts |= times.copy_ms(carried(rules.content, topology, load).copied, topology)
     step = times.step_time(parts)
-    longest = max(parts, key=lambda name: parts[name] * (name != times.HIDDEN or step == parts[name]))
+    longest = max(parts, key=lambda name: parts[name] * (name not in times.HIDDEN or step == parts[name]))
     return PlanReport(
         topology=topology,
         fits=placed and not over,
         verdict=_verdict(topology, needs, capacity, over, placed),
-        tables=tuple(_table_plan(option, tables[option.name], rules) for option in options),
+        tables=(
+            *(_table_plan(option, tables[option.name], rules) for option in options),
+            *carried_lines(rules.content, topology),
+        ),
         ranks=ranks,
         capacity=capacity,
         step_time_ms=step,
@@ -278,12 +288,13 @@ def _table_plan(option: ShardingOption, table: EmbeddingConfig, rules: TableRule
         weights, state = shard_bytes(table, shard.size, rules)
         weight_bytes, state_bytes = weight_bytes + weights, state_bytes + state
         by_rank[shard.rank or 0] += weights + state
-    optimizer = rules.optimizer_of(table.feature_names[0])
+    feature = table.feature_names[0]
+    optimizer, content = rules.optimizer_of(feature), rules.content.get(feature)
     return TablePlan(
-        name=table.feature_names[0],
+        name=feature,
         rows=table.num_embeddings,
-        dim=table.embedding_dim,
-        dtype=sharding.precision_of(table),
+        dim=content.width if content else table.embedding_dim,
+        dtype=content.precision if content else sharding.precision_of(table),
         sharding_type=option.sharding_type,
         compute_kernel=option.compute_kernel,
         shards=sum(1 for shard in option.shards if shard.size[0]),

@@ -22,9 +22,9 @@ class TablePlan:
     Attributes:
         name: Its feature.
         rows: Rows.
-        dim: Columns.
+        dim: Numbers of a row; of content those of a vector, without padding.
         dtype: Precision of its weights.
-        sharding_type: How it is cut.
+        sharding_type: How it is cut; ``host`` for content that travels with the batch.
         compute_kernel: Where it lies and what looks it up.
         shards: Parts.
         optimizer: Its optimizer, or ``frozen``.

@@ -7,6 +7,7 @@ from torchrec.distributed.types import ParameterSharding, ShardingPlan
 from torchrec.modules.embedding_modules import EmbeddingCollection
 
 from mufasa_rec.distributed.sharding import precision_of
+from mufasa_rec.modules.sparse_arch import CONTENT, SparseArch
 from mufasa_rec.planning.report import aligned
 
 _HEAD = ("table", "rows", "dim", "dtype", "output", "sharding", "kernel", "ranks", "optimizer", "learning rate")
@@ -19,8 +20,10 @@ def start_table(model: nn.Module, plan: ShardingPlan) -> list[str]:
         model: The unsharded model, fused optimizers attached.
         plan: How it will be sharded.
     """
-    rows = []
+    rows, contents = [], {}
     for path, module in model.named_modules():
+        if isinstance(module, SparseArch):
+            contents = {f"{CONTENT}.{content.modality}": content for content in module.contents}
         if not isinstance(module, EmbeddingCollection):
             continue
         planned: dict[str, ParameterSharding] = plan.plan[path]  # type: ignore[assignment]
@@ -29,11 +32,18 @@ def start_table(model: nn.Module, plan: ShardingPlan) -> list[str]:
             weight = next(module.embeddings[table.name].parameters())
             rate = float(getattr(weight, "_optimizer_kwargs")[0]["lr"])  # noqa: B009  TorchRec's own attribute
             name = str(getattr(weight, "_optimizer_classes")[0].__name__)  # noqa: B009
+            feature = table.feature_names[0]
+            content = contents.get(feature)
+            dtype = content.precision if content else precision_of(table)
             rows.append(
-                (table.feature_names[0], f"{table.num_embeddings:,}", str(table.embedding_dim), precision_of(table),
+                (feature, f"{table.num_embeddings:,}", str(content.width if content else table.embedding_dim), dtype,
                  "fp32" if part.output_dtype is None else part.output_dtype.value.lower(), part.sharding_type,
                  part.compute_kernel, ranks_of(part), name if rate else "frozen", f"{rate:g}" if rate else "")
             )  # fmt: skip
+    for feature, content in contents.items():
+        if content.placement == "host":
+            size = f"{content.num_embeddings:,}", str(content.width)
+            rows.append((feature, *size, content.precision, "fp32", "host", "memory_map", "", "frozen", ""))
     return aligned([_HEAD, *rows])
 
 

@@ -13,7 +13,8 @@ from mufasa_rec.planning.load import StepLoad
 from mufasa_rec.planning.topology import Topology
 
 EFFICIENCY = 0.35  # of the peak that a step's matrix products are taken to reach
-HIDDEN = "ids' exchange (hidden)"
+IDS, COPY = "ids' exchange (hidden)", "content's copy (hidden)"
+HIDDEN = (IDS, COPY)  # behind the step before
 _ID_BYTES = 8
 
 
@@ -35,7 +36,7 @@ def step_parts(
         tables: The tables by name.
         config: How they are spread.
     """
-    names = ("lookup", "all-to-all", "update", "cache", HIDDEN)
+    names = ("lookup", "all-to-all", "update", "cache", IDS)
     by_rank: dict[str, dict[int, float]] = {name: defaultdict(float) for name in names}
     for option in options:
         learns = tables[option.name].feature_names[0] not in frozen
@@ -46,7 +47,7 @@ def step_parts(
             by_rank["lookup"][rank] += perf.fwd_compute
             by_rank["all-to-all"][rank] += perf.fwd_comms
             by_rank["cache"][rank] += perf.prefetch_compute
-            by_rank[HIDDEN][rank] += _ids_ms(option, load, tables[option.name].feature_names[0], topology, config)
+            by_rank[IDS][rank] += _ids_ms(option, load, tables[option.name].feature_names[0], topology, config)
             if learns:
                 by_rank["all-to-all"][rank] += perf.bwd_comms
                 by_rank["update"][rank] += perf.bwd_compute
@@ -63,8 +64,8 @@ def step_parts(
 
 
 def step_time(parts: Mapping[str, float]) -> float:
-    """A step's time: its parts one after the other, or the hidden one when that takes longer than all of them."""
-    return max(sum(ms for name, ms in parts.items() if name != HIDDEN), parts[HIDDEN])
+    """A step's time: its parts one after the other, or a hidden one when that takes longer than all of them."""
+    return max(sum(ms for name, ms in parts.items() if name not in HIDDEN), *(parts.get(name, 0.0) for name in HIDDEN))
 
 
 def _ids_ms(option: ShardingOption, load: StepLoad, feature: str, topology: Topology, config: ShardingConfig) -> float:
@@ -76,6 +77,13 @@ def _ids_ms(option: ShardingOption, load: StepLoad, feature: str, topology: Topo
     asked = load.ids.get(feature, 1) * (1 if option.sharding_type == "row_wise" else group)
     bandwidth = topology.intra_node_gb_s if group <= topology.ranks_per_node else topology.inter_node_gb_s
     return _ID_BYTES * asked / (bandwidth * 1e9) * 1e3
+
+
+def copy_ms(count: int, topology: Topology) -> dict[str, float]:
+    """The copy of bytes from the host to the device, where there is one to make."""
+    if topology.compute_device == "cpu" or not count:
+        return {}
+    return {COPY: count / (topology.host_link_gb_s * 1e9) * 1e3}
 
 
 def _compute_ms(flops: float, topology: Topology) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Protocol, TypeVar
 
 import torch
@@ -19,9 +19,41 @@ def train_line(step: int, metrics: dict[str, float]) -> str:
         f"epoch {metrics['epoch']:3d} step {step:6d} · loss {metrics['loss']:.4f} · {metrics['step_ms']:.0f} ms/step · "
         f"{metrics['samples_per_s']:,.0f} rows/s · {metrics['events_per_s']:,.0f} events/s · "
         f"padding {metrics['padding_share']:.1%} · imbalance {metrics['rank_imbalance']:.1%} · "
+        f"dedup {metrics['dedup_ratio']:.1f}" + _histories(metrics["history_ratio"]) + " · "
         f"data wait {metrics['data_wait_share']:.1%} · lr {metrics['learning_rate']:.2g} · "
         f"|g| {metrics['grad_norm']:.2f}" + (f" · τ {metrics['temperature']:.3f}" if metrics["temperature"] else "")
     )
+
+
+def _histories(ratio: float) -> str:
+    """How many candidates read one history, where several do."""
+    return f" (histories {ratio:.1f})" if ratio > 1 else ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepCounts:
+    """What a step of one rank was made of.
+
+    Attributes:
+        targets: Targets, or candidates that were scored.
+        rows: Rows, or requests, each with one history.
+        readings: What the histories were read for: rows, or candidates.
+        events: Events of the histories.
+        places: Places that the events took with their padding.
+        asked: Items that events, targets and candidates asked for.
+        items: Items that were looked up for that.
+    """
+
+    targets: int = 0
+    rows: int = 0
+    readings: int = 0
+    events: int = 0
+    places: int = 0
+    asked: int = 0
+    items: int = 0
+
+
+_COUNTS = tuple(field.name for field in fields(StepCounts))
 
 
 class RankSum(Protocol):
@@ -67,22 +99,19 @@ class Interval:
     def _reset(self) -> None:
         self.begin, self.steps = time.perf_counter(), 0
         self.loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        self.targets = self.rows = self.events = self.places = 0
+        self.counts = dict.fromkeys(_COUNTS, 0)
         self.waiting.seconds = 0.0
 
-    def add(self, loss_sum: Tensor, targets: int, rows: int, events: int, places: int) -> None:
+    def add(self, loss_sum: Tensor, counts: StepCounts) -> None:
         """Count one step of this rank."""
         self.steps += 1
         self.loss += loss_sum
-        self.targets += targets
-        self.rows += rows
-        self.events += events
-        self.places += places
+        for name, count in asdict(counts).items():
+            self.counts[name] += count
 
     def state(self) -> dict[str, float]:
         """What this rank has counted since the interval began, without times: they do not outlive the process."""
-        counts = {name: getattr(self, name) for name in ("steps", "targets", "rows", "events", "places")}
-        return {"loss": float(self.loss), **counts}
+        return {"loss": float(self.loss), "steps": self.steps, **self.counts}
 
     def restore(self, states: list[dict[str, float]], rank: int) -> None:
         """Continue an interrupted interval.
@@ -97,24 +126,29 @@ class Interval:
             states = [total] + [{**dict.fromkeys(total, 0), "steps": total["steps"]}] * (self.exchange.world_size - 1)
         self._reset()
         self.loss += states[rank]["loss"]
-        for name in ("steps", "targets", "rows", "events", "places"):
-            setattr(self, name, int(states[rank][name]))
+        self.steps = int(states[rank]["steps"])
+        for name in _COUNTS:
+            self.counts[name] = int(states[rank].get(name, 0))  # an older checkpoint counts fewer things
 
     def close(self) -> dict[str, float]:
         """End the interval on all ranks together; returns its metrics and begins the next one."""
         seconds = time.perf_counter() - self.begin
-        mine = [self.targets, self.rows, self.events, self.places, self.waiting.seconds, self.events**2]
+        mine = [self.waiting.seconds, self.counts["events"] ** 2, *self.counts.values()]
         sums = torch.cat([self.loss[None], torch.tensor(mine, dtype=torch.float64, device=self.device)])
-        loss, targets, rows, events, places, waited, squares = self.exchange.sum(sums).tolist()
-        ranks = self.exchange.world_size
+        loss, waited, squares, *counted = self.exchange.sum(sums).tolist()
+        total = dict(zip(_COUNTS, counted, strict=True))
+        ranks, events = self.exchange.world_size, total["events"]
         spread = max(squares * ranks / max(events, 1.0) ** 2 - 1.0, 0.0) ** 0.5  # standard deviation over the mean
         steps = max(self.steps, 1)
         metrics = {
-            "loss": loss / max(targets, 1.0),
-            "samples_per_s": rows / seconds,
+            "loss": loss / max(total["targets"], 1.0),
+            "samples_per_s": total["rows"] / seconds,
             "events_per_s": events / seconds,
-            "padding_share": max(0.0, 1.0 - events / max(places, 1.0)),  # an extractor may read the newest events only
+            # an extractor may read the newest events only
+            "padding_share": max(0.0, 1.0 - events / max(total["places"], 1.0)),
             "rank_imbalance": spread,
+            "dedup_ratio": total["asked"] / max(total["items"], 1.0),
+            "history_ratio": total["readings"] / max(total["rows"], 1.0),
             "data_wait_share": waited / ranks / seconds,
             "step_ms": 1000.0 * seconds / steps,
         }

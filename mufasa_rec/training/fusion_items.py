@@ -90,7 +90,7 @@ class FusionItems:
         """Item rows that have any modality, ascending, int64 `[n]`."""
         has = np.zeros(len(self.catalog), bool)
         for rows in self.catalog.content_rows.values():
-            has |= rows >= 0
+            has |= rows[:] >= 0
         return np.flatnonzero(has)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mufasa_rec.data.row_loader import RowLoader
 from mufasa_rec.distributed.collectives import RankExchange, host_group
-from mufasa_rec.training.accounting import Interval, Waiting, train_line
+from mufasa_rec.training.accounting import Interval, StepCounts, Waiting, train_line
 from mufasa_rec.training.checkpoint import model_state
 from mufasa_rec.training.checkpoint_manifest import Manifest
 from mufasa_rec.training.optim import TrainOptimizer
@@ -45,10 +45,21 @@ class StepBatch(Protocol):
 
     num_targets: int
     num_rows: int
+    num_asked: int
 
     @property
     def num_events(self) -> int:
         """Events of this rank's histories."""
+        ...
+
+    @property
+    def num_items(self) -> int:
+        """Items that are looked up."""
+        ...
+
+    @property
+    def num_readings(self) -> int:
+        """What the rows' histories are read for: rows, or candidates."""
         ...
 
 
@@ -234,7 +245,7 @@ class Trainer:
         if self.around.sync is not None and self.optimizer.num_steps % self.around.sync[1] == 0:
             self.around.sync[0]()
         self._temperature = output.temperature
-        self.interval.add(output.loss_sum, batch.num_targets, batch.num_rows, batch.num_events, output.num_places)
+        self.interval.add(output.loss_sum, _counts(batch, output))
         self.tracker.advance()
         if self.around.watch is not None:
             self.around.watch(batch)
@@ -361,3 +372,15 @@ class Trainer:
         self.saver.save(Manifest(name=name, step=step, state=state, about={}), self._tensors(), wait=wait)
         self._saved_at = self._place()
         self.interval.begin += time.perf_counter() - begin
+
+
+def _counts(batch: StepBatch, output: StepOutput) -> StepCounts:
+    return StepCounts(
+        targets=batch.num_targets,
+        rows=batch.num_rows,
+        readings=batch.num_readings,
+        events=batch.num_events,
+        places=output.num_places,
+        asked=batch.num_asked,
+        items=batch.num_items,
+    )

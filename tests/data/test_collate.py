@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mufasa_rec.data.collate import collate, cut_windows, distinct
+from mufasa_rec.data.item_columns import ItemColumn
 from mufasa_rec.data.item_lookup import ItemLookup, ItemVocabulary
 from mufasa_rec.data.items import Categorical
 from mufasa_rec.data.parquet import RowGroup
@@ -42,8 +43,11 @@ class SmallLookup(ItemLookup):
                 "genres": Categorical(values=values, offsets=offsets, cardinality=4),
             },
         )
-        self.keys = ItemVocabulary(ids[::2], "loo@0", 1).keys_of(ids)
-        self.content_rows = {"title": np.where(np.arange(NUM_ITEMS) % 4 == 1, -1, np.arange(NUM_ITEMS)[::-1])}
+        self.keys = ItemColumn(ids, ItemVocabulary(ids[::2], "loo@0", 1).keys_of)
+        self.content_rows = {
+            "title": ItemColumn(ids, lambda ids: np.where(ids // 3 % 4 == 2, -1, NUM_ITEMS - ids // 3))
+        }
+        self.carried = ()
         table = np.full(int(ids[-1]) + 1, -1, dtype=np.int64)
         table[ids] = np.arange(NUM_ITEMS)
         self._direct = table
@@ -100,6 +104,9 @@ def test_batch_equals_a_loop_over_rows(groups: list[RowGroup], history: int, ded
     ids, offsets = lookup.items.ids, batch.seen_offsets.tolist()
     seen = [ids[batch.seen_row[a:b].numpy()].tolist() for a, b in zip(offsets[:-1], offsets[1:])]
     assert seen == expected.seen
+    windows = sum(min(int(end), history + 1) for group in groups for end in group.history_end)
+    assert batch.num_asked == windows + len(candidates)
+    assert dedup or batch.num_items == batch.num_asked
     if dedup:
         assert len(torch.unique(batch.item_row)) == len(batch.item_row)
 

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -132,6 +133,22 @@ def test_append_keeps_old_rows_and_a_pinned_checksum_still_opens_them_alone(tmp_
     assert pinned.rows == 50
     assert (pinned.rows_of(new_ids) == -1).all()
     assert second.checksum != first.checksum
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_some_rows_in_half_precision_are_those_that_a_table_reads_bit_for_bit(tmp_path: Path, dtype: str) -> None:
+    write_content(tmp_path, "title", *some_vectors(50), dtype=dtype, **ENCODER)
+    append_content(tmp_path, "title", *some_vectors(20, seed=1, first_id=1000), **ENCODER)
+    store = ContentStore.open(tmp_path, "title", "1")
+    whole = store.read(0, 70)
+    for rows in ([60, -1, 2, 2, 49, 50], [3, 1], [69], [-1], []):
+        index = np.array(rows, np.int64)
+        found = store.halves(index)
+        assert found.dtype == torch.float16 and found.shape == (len(rows), store.width)
+        assert torch.equal(found[index >= 0], whole[torch.from_numpy(index[index >= 0])])
+        assert not found[index < 0].any()
+    with pytest.raises(ValueError, match="rows 70 to 70 of `title`: give -1 or 0 to 69"):
+        store.halves(np.array([70]))
 
 
 def test_crash_before_the_manifest_swap_leaves_the_old_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,10 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from mufasa_rec.data.content_writer import write_content
+from mufasa_rec.data.item_columns import ChosenItems
 from mufasa_rec.data.item_lookup import ItemLookup, ItemVocabulary, _direct_table, split_of
+from mufasa_rec.data.items import write_item_store
+from mufasa_rec.data.negatives import NegativeSampler, NegativesConfig
 from mufasa_rec.data.schema import ContentRef, DatasetManifest
 
 COUNTS = "splits/leave_one_out/item_counts.safetensors"
@@ -59,11 +64,62 @@ def test_key_is_one_more_than_the_place_and_zero_for_the_rest(known: set[int], a
 
 def test_rare_items_share_key_zero_and_the_vocabulary_survives_a_file(dataset: str, tmp_path: Path) -> None:
     items = lookup(dataset, min_count=5)
-    assert ((items.keys == 0) == (items.counts < 5)).all()
+    assert ((items.keys[:] == 0) == (items.counts < 5)).all()
     items.vocabulary.save(tmp_path)
     again = ItemVocabulary.load(tmp_path)
     assert (again.split, again.min_count, again.ids.tolist()) == (items.split, 5, items.vocabulary.ids.tolist())
-    assert lookup(dataset, vocabulary=again).keys.tolist() == items.keys.tolist()
+    assert lookup(dataset, vocabulary=again).keys[:].tolist() == items.keys[:].tolist()
+
+
+def test_content_rows_are_where_the_store_has_the_ids(dataset: str) -> None:
+    items = lookup(dataset)
+    missing = 0
+    for name, store in items.stores.items():
+        place = {item: row for row, item in enumerate(store.ids.tolist())}
+        wanted = [place.get(item, -1) for item in items.items.ids.tolist()]
+        missing += wanted.count(-1)
+        assert items.content_rows[name][:].tolist() == wanted
+        assert items.content_rows[name][np.array([[5, 0], [7, 7]])].tolist() == [
+            [wanted[5], wanted[0]],
+            [wanted[7]] * 2,
+        ]
+
+
+def test_memory_of_a_lookup_does_not_grow_with_the_catalog(tmp_path: Path) -> None:
+    """A million items with hashed ids, all of them with vectors, a hundred with an embedding of their own."""
+    number, own = 1_000_000, 100
+    ids = np.unique(np.random.default_rng(0).integers(-(2**62), 2**62, number + 99))[:number]
+    write_item_store(tmp_path, "1", ids=ids)
+    counts = np.zeros(number, np.int64)
+    counts[:: number // own] = 9
+    (tmp_path / "splits/s").mkdir(parents=True)
+    save_file({"count": counts}, tmp_path / "splits/s/item_counts.safetensors", metadata={"split_hash": "h"})
+    vectors = np.ones((number, 1), np.float16)
+    ref = write_content(tmp_path, "title", ids[::-1].copy(), vectors, encoder="x", encoder_version="1")
+    manifest: Any = SimpleNamespace(items=SimpleNamespace(generation="1"), content={"title": ref}, name="large")
+    split: Any = SimpleNamespace(id="s", hash="h", borders={})
+    tracemalloc.start()
+    try:
+        items = ItemLookup(tmp_path, manifest, split, min_count=5)
+        rows = np.array([0, 5, number - 1])
+        assert items.rows_of(ids[rows]).tolist() == rows.tolist()
+        assert items.keys[rows].tolist() == [1, 0, 0]
+        assert items.content_rows["title"][rows].tolist() == [number - 1, number - 6, 0]
+        assert items.num_available == own
+        assert tracemalloc.get_traced_memory()[0] < 0.1 * number
+        assert items.available.sum() == own
+        NegativeSampler(NegativesConfig(), items.available, items.counts, 1.0, seed=0)
+        assert tracemalloc.get_traced_memory()[0] < 1.3 * number  # a byte an item, and an eighth
+    finally:
+        tracemalloc.stop()
+
+
+@given(st.lists(st.booleans(), max_size=300), st.lists(st.integers(0, 299), max_size=20))
+def test_chosen_items_are_found_by_their_place(flags: list[bool], places: list[int]) -> None:
+    chosen, rows = ChosenItems(np.array(flags, bool)), np.flatnonzero(flags)
+    assert len(chosen) == len(rows)
+    asked = np.array([place for place in places if place < len(rows)], np.int64)
+    assert chosen.rows(asked).tolist() == rows[asked].tolist()
 
 
 def test_unknown_modality_is_named_with_those_there_are(dataset: str) -> None:

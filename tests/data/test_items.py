@@ -46,6 +46,16 @@ def test_rows_of_finds_known_ids_and_marks_unknown_ones(tmp_path: Path) -> None:
     assert _store(tmp_path).rows_of(np.array([[9, 3], [-5, 100]])).tolist() == [[2, -1], [0, -1]]
 
 
+def test_ids_without_gaps_need_no_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_item_store(tmp_path, "1", ids=np.arange(-3, 5))
+    store = ItemStore.open(tmp_path, "1")
+    monkeypatch.setattr(np, "searchsorted", None)
+    limits = np.iinfo(np.int64)
+    found = store.rows_of(np.array([[-3, 4], [-4, 5], [limits.min, limits.max]]))
+    assert found.tolist() == [[0, 7], [-1, -1], [-1, -1]]
+    assert found.dtype == np.int64
+
+
 def test_rows_of_an_empty_store_is_all_unknown(tmp_path: Path) -> None:
     write_item_store(tmp_path, "1", ids=np.array([], np.int64))
     assert ItemStore.open(tmp_path, "1").rows_of(np.array([1, 2])).tolist() == [-1, -1]

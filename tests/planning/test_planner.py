@@ -8,15 +8,17 @@ import pytest
 from mufasa_rec.config import RunConfig
 from mufasa_rec.data.loader import DataConfig
 from mufasa_rec.data.schema import DatasetManifest
+from mufasa_rec.distributed.content_config import ContentConfig, ContentSettings
 from mufasa_rec.distributed.sharding_config import ShardingConfig, TableSharding
 from mufasa_rec.distributed.table_config import TableOptimizerConfig, TablesConfig, TableSettings
 from mufasa_rec.models.retriever import RetrieverConfig
-from mufasa_rec.planning.report import PlanReport, page
+from mufasa_rec.planning.load import StepLoad
+from mufasa_rec.planning.report import PlanReport, TablePlan, page
 from mufasa_rec.planning.topology import GIB, Topology
 from mufasa_rec.presets import preset
 from mufasa_rec.training.optim import OptimizerConfig
 from torchx_apps.imagined import imagined_manifest
-from torchx_apps.plan_run import plan_run
+from torchx_apps.plan_run import describe, plan_run
 
 ITEMS = 50_000_000
 CATALOG = imagined_manifest(items=ITEMS, content={"title": 64})
@@ -182,3 +184,69 @@ def test_ranking_run_is_planned_with_its_tables() -> None:
     assert {table.name for table in report.tables} == {"item", "user", "content.title"}
     assert report.fits
     assert next(table for table in report.tables if table.name == "user").rows == 2_000_001
+
+
+def content_of(report: PlanReport) -> TablePlan:
+    return next(table for table in report.tables if table.name == "content.title")
+
+
+def test_placement_of_content_is_named_and_its_bytes_are_counted_where_they_lie() -> None:
+    sharded, host = plan(run()), plan(run(content=ContentConfig(placement="host")))
+    vectors = ITEMS * 64 * 2
+    assert (content_of(sharded).sharding_type, content_of(sharded).compute_kernel) == ("row_wise", "fused")
+    table = content_of(host)
+    assert (table.sharding_type, table.compute_kernel, table.dtype) == ("host", "memory_map", "fp16")
+    assert (table.bytes, table.bytes_per_rank) == (vectors, vectors / 8)
+    assert "memory_map" in page(host)
+    batch = load_of(run()).ids["content.title"] * 64 * 2
+    for before, rank in zip(sharded.ranks, host.ranks):
+        assert before.ddr_bytes == 0
+        assert rank.ddr_bytes == vectors / 8 + 3 * batch  # two batches made ahead, one in the making
+        assert rank.parts["content"] == vectors / 8
+    assert sum(rank.hbm_bytes for rank in sharded.ranks) - sum(rank.hbm_bytes for rank in host.ranks) > 0.9 * vectors
+
+
+def test_copy_of_content_is_hidden_until_it_takes_longer_than_the_step() -> None:
+    config = run(content=ContentConfig(placement="host"))
+    usual, slow = plan(config), plan(config, host_link_gb_s=0.01)
+    assert usual.step_parts["content's copy (hidden)"] < usual.step_time_ms
+    assert slow.step_time_ms == slow.step_parts["content's copy (hidden)"] > usual.step_time_ms
+    assert slow.bottleneck == "content's copy (hidden)"
+
+
+def test_host_holds_content_once_a_node() -> None:
+    config = run(content=ContentConfig(placement="host"))
+    one, two = (plan(config, text).ranks[0].parts["content"] for text in ("8xH100", "2x8xH100"))
+    assert one == two
+    assert content_of(plan(config, "4xCPU", ddr_bytes=100 * GIB)).bytes_per_rank == ITEMS * 64 * 2 / 4
+
+
+def test_content_in_eight_bits_takes_half_and_its_scale() -> None:
+    report = plan(run(content=ContentConfig(precision="int8")))
+    table = content_of(report)
+    assert (table.dtype, table.dim, table.sharding_type) == ("int8", 64, "row_wise")
+    assert table.bytes == ITEMS * 36 * 2  # 32 pairs, a scale, padded to a multiple of 4
+    assert sum(rank.parts["content"] for rank in report.ranks) == table.bytes
+
+
+def test_content_that_does_not_fit_is_offered_another_place() -> None:
+    large = imagined_manifest(items=ITEMS, content={"title": 1024})
+    report = plan(run(), "1x1xH100", large)
+    assert not report.fits
+    options = {remedy.options: remedy for remedy in report.remedies}
+    assert options["--content.placement host"].fits
+    assert "--content.precision int8" in options
+    without = plan(run(), "1x1xH100", imagined_manifest(items=20 * ITEMS))
+    assert not without.fits
+    assert not any("content" in remedy.options for remedy in without.remedies)
+    assert not any("host" in remedy.options for remedy in plan(run(), "1xCPU", large, ddr_bytes=GIB).remedies)
+
+
+def test_modality_that_there_is_not_cannot_be_placed() -> None:
+    unknown = ContentConfig(each={"sound": ContentSettings(placement="host")})
+    with pytest.raises(ValueError, match=r"content\.each: 'sound' is no modality of this run; there are title"):
+        plan(run(content=unknown))
+
+
+def load_of(config: RunConfig) -> StepLoad:
+    return describe(config, CATALOG, Topology.parse("8xH100"))[1]

@@ -20,7 +20,7 @@ from mufasa_rec.distributed.collectives import RankExchange
 from mufasa_rec.distributed.env import DistributedEnv
 from mufasa_rec.models.retriever import Retriever
 from mufasa_rec.training import accounting
-from mufasa_rec.training.accounting import Interval, Waiting
+from mufasa_rec.training.accounting import Interval, StepCounts, Waiting
 from mufasa_rec.training.optim import OptimizerConfig, TrainOptimizer
 from mufasa_rec.training.saver import Saver
 from mufasa_rec.training.tracker import Tracker
@@ -100,7 +100,7 @@ def rebuilt(self: Retriever, batch: Batch) -> tuple[Tensor, Any]:
     features = KeyedJaggedTensor(
         keys=["item"], values=old["item"].values() + 0, lengths=torch.diff(old["item"].offsets()), stride=1
     )
-    return self.dense(self.sparse(features), batch)
+    return self.dense(self.merge(self.sparse(features), batch.content), batch)
 
 
 def train_rebuilt(env: DistributedEnv, config: RunConfig, folder: Path) -> None:
@@ -145,10 +145,11 @@ def test_interval_adds_ranks_and_begins_anew(monkeypatch: pytest.MonkeyPatch) ->
     now = [100.0]
     monkeypatch.setattr(accounting.time, "perf_counter", lambda: now[0])
     waiting = Waiting()
-    # Of the other rank: loss, targets, rows, events, places, seconds waited, squared events.
-    interval = Interval(TwoRanks([10.0, 5, 4, 60, 100, 0.5, 3600]), waiting, torch.device("cpu"))
+    # Of the other rank: loss, seconds waited, squared events; targets, rows, readings, events, places, asked, items.
+    interval = Interval(TwoRanks([10.0, 0.5, 3600, 5, 4, 12, 60, 100, 70, 20]), waiting, torch.device("cpu"))
+    counts = StepCounts(targets=5, rows=2, readings=6, events=20, places=50, asked=35, items=15)
     for _ in range(2):
-        interval.add(torch.tensor(3.0), targets=5, rows=2, events=20, places=50)
+        interval.add(torch.tensor(3.0), counts)
     waiting.seconds = 0.3
     now[0] += 2.0
     metrics = interval.close()
@@ -159,7 +160,10 @@ def test_interval_adds_ranks_and_begins_anew(monkeypatch: pytest.MonkeyPatch) ->
     assert metrics["rank_imbalance"] == pytest.approx(10 / 50)  # 40 and 60 events: deviation 10 of a mean of 50
     assert metrics["data_wait_share"] == pytest.approx(0.8 / 2 / 2)
     assert metrics["step_ms"] == pytest.approx(1000)
-    assert (interval.steps, interval.events, waiting.seconds, interval.begin) == (0, 0, 0.0, 102.0)
+    assert metrics["dedup_ratio"] == pytest.approx(140 / 50)
+    assert metrics["history_ratio"] == pytest.approx(24 / 8)
+    assert (interval.steps, waiting.seconds, interval.begin) == (0, 0.0, 102.0)
+    assert not any(interval.counts.values())
 
 
 def test_wait_for_batches_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:

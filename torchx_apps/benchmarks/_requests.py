@@ -31,6 +31,7 @@ class Requests:
     candidate_item: Tensor
     candidate_offsets: Tensor
     request_time_ms: Tensor | None
+    content: dict[str, Tensor]
     present: dict[str, Tensor]
     category_lengths: dict[str, Tensor]
     dense: Tensor
@@ -117,6 +118,7 @@ def make_requests(
         candidate_item=torch.randint(0, num_items, (asked,), generator=draw),
         candidate_offsets=_offsets(candidates),
         request_time_ms=torch.randint(10 * day, 11 * day, (rows,), generator=draw)[owner],
+        content={},
         present={name: torch.rand(num_items, generator=draw) < 0.8 for name in features.modalities},
         category_lengths={"tags": tags},
         dense=torch.randn(asked, features.num_dense, generator=draw),

@@ -113,7 +113,7 @@ def check(loader: Loader, dataset: str) -> None:
     ids = np.asarray(loader.catalog.items.ids)
     keys = loader.catalog.keys
     for batch in loader.batches(0):
-        assert torch.equal(batch.features["item"].values(), torch.from_numpy(keys)[batch.item_row])
+        assert torch.equal(batch.features["item"].values(), torch.from_numpy(keys[batch.item_row.numpy()]))
         raw = ids[batch.item_row.numpy()]
         history, following = raw[batch.event_item.numpy()], raw[batch.next_item.numpy()]
         for row, user in enumerate(batch.user.tolist()):
