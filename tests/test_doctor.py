@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from tests.helpers.broken_data import copy_of, with_other_content, without_colum
 from tests.helpers.impressions import prepare_impressions
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import small_config
-from torchx_apps import doctor
+from torchx_apps import doctor, plan
 from torchx_apps.doctor_config import ready as config_ready
 from torchx_apps.doctor_factory import ready as factory_ready
 from torchx_apps.doctor_room import Room
@@ -228,6 +229,23 @@ def test_data_parallel_in_a_configuration_is_refused_by_its_field(
     assert "data_parallel" in fault["what"]
 
 
+def test_data_parallel_table_of_a_saved_plan_is_named_before_its_lookup_fails(
+    dataset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = ("--preset", "demo", "--data.dataset", dataset)
+    file = tmp_path / "plan.json"
+    plan.main([*config, "--topology", "1xCPU", "--save", str(file)])
+    capsys.readouterr()
+    saved = json.loads(file.read_text())
+    saved["modules"]["sparse.ids"]["t_item"]["sharding_type"] = "data_parallel"
+    file.write_text(json.dumps(saved))
+    code, said = diagnosed(capsys, *config, "--sharding.plan", str(file))
+    (fault,) = faults_of(said)
+    assert (code, said["steps"], fault["check"]) == (1, 0, "tables")
+    assert fault["where"] == "table t_item of sparse.ids"
+    assert "data_parallel" in fault["what"]
+
+
 def test_page_names_each_check_and_each_fault(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         doctor.main(["--factory", "tests.helpers.subjects:permuting"])
@@ -258,3 +276,15 @@ def test_two_ranks_are_examined_together(factory: str, dataset: str) -> None:
     faults = faults_of(said[0])
     assert len(faults) == (1 if factory else 0)
     assert all(fault["ranks"] == (0, 1) for fault in faults)
+
+
+def test_model_of_the_page_is_healthy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "doctor.md").read_text()
+    (tmp_path / "shop_model.py").write_text(page.partition("```python\n")[2].partition("```")[0])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    code, said = diagnosed(capsys, "--factory", "shop_model:make")
+    assert (code, faults_of(said), said["steps"]) == (0, [], 2)
+    assert len(said["modules"]) == 2

@@ -60,10 +60,17 @@ def ready(config: RunConfig, manifest: DatasetManifest | None, room: Room) -> Re
 def _of_data(config: RunConfig, room: Room) -> Unsharded | None:
     """The unsharded model and two batches of the run's data set; collective."""
     room.add(room.look("data", lambda: doctor_data.content_findings(config)) or ())
-    data = None if not room.report.is_healthy else room.look("data", lambda: assembly.open_dataset(config))
+    source = Path(config.model.fusion_source)  # a new run has no layer of its own yet
+    layer = room.look("data", lambda: fusion_tuning.open_layer(config, source, room.exchange))
+    if room.in_the_way("configuration"):
+        return None
+    if layer is not None:
+        config = run_folder.with_modalities(config, layer.widths)
+    data = room.look("data", lambda: assembly.open_dataset(config))
+    if data is not None and layer is not None:
+        room.look("data", lambda: fusion_tuning.check(config, layer, data))
     if room.in_the_way("configuration") or data is None:
         return None
-    layer = room.look("data", lambda: _layer(config, data, room))
     if config.uses_content:
         config = run_folder.with_modalities(config, data.catalog.stores)
     module = ranking if config.task == "ranking" else assembly
@@ -78,14 +85,6 @@ def _of_data(config: RunConfig, room: Room) -> Unsharded | None:
         return None
     room.add(feature_findings(model, batches[0]))
     return model, batches, config, data
-
-
-def _layer(config: RunConfig, data: assembly.OpenDataset, room: Room) -> TrainedLayer | None:
-    """The fusion layer of a new run, checked against the data."""
-    layer = fusion_tuning.open_layer(config, Path(config.model.fusion_source), room.exchange)
-    if layer is not None:
-        fusion_tuning.check(config, layer, data)
-    return layer
 
 
 def _model(config: RunConfig, data: assembly.OpenDataset, layer: TrainedLayer | None, room: Room) -> Retriever | Ranker:

@@ -49,7 +49,7 @@ class Examination:
 
     Attributes:
         findings: What is wrong, and waits that are meant.
-        modules: Sharded modules, and whether each is pipelined.
+        modules: Sharded modules, and whether each is pipelined; empty when no two steps were done.
         parameters: Data-parallel parameters, and whether each has a gradient; empty when no step was done.
         memory: Bytes of this rank by what they are for, and `peak_growth`.
         num_steps: Steps that were done.
@@ -84,6 +84,7 @@ def examine(ready: Ready) -> Examination:
         seen.num_steps = 2
     except Exception as error:
         seen.findings.append(of_failure("step", f"step {seen.num_steps + 1}", error))
+        seen.modules = {}  # nobody knows
         return seen
     seen.findings += waits.findings()
     if traceable:
