@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -57,6 +57,7 @@ _COPIES = {
     Tensor.__array__: "made a numpy array: copied to the host",
 }
 _DEVICE = torch.device("cpu", 0)  # what a marked tensor says; tensors themselves are always on `cpu`
+_DEPTH = 6  # containers within containers of a batch
 _HOST = torch.device("cpu")
 _REMEDY = (
     "compute it in collate, keep it on the device (torch.where, nonzero_static, repeat_interleave with output_size), "
@@ -273,7 +274,7 @@ def _to_host(func: Any, args: tuple, named: dict[str, Any]) -> str:
     return '.to("cpu"): copied to the host'
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def _tensors(value: Any, depth: int = 0) -> Iterator[Tensor]:
     """The tensors of a batch: in dataclasses, containers, jagged tensors and plain objects; of a module, all it has."""
     if isinstance(value, Tensor):
         yield value
@@ -283,14 +284,16 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (KeyedJaggedTensor, JaggedTensor)):
         parts = (value.values(), value.lengths_or_none(), value.offsets_or_none(), value.weights_or_none())
         yield from (part for part in parts if part is not None)
-    elif isinstance(value, dict):
-        for entry in value.values():
-            yield from _tensors(entry)
-    elif isinstance(value, (list, tuple)):
-        for entry in value:
-            yield from _tensors(entry)
-    elif is_dataclass(value):
-        for entry in fields(value):
-            yield from _tensors(getattr(value, entry.name))
-    elif hasattr(value, "__dict__"):
-        yield from _tensors(vars(value))
+    elif depth < _DEPTH:  # an object may refer to itself
+        for part in _parts(value):
+            yield from _tensors(part, depth + 1)
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    if isinstance(value, (list, tuple)):
+        return value
+    if is_dataclass(value):
+        return [getattr(value, entry.name) for entry in fields(value)]
+    return vars(value).values() if hasattr(value, "__dict__") else ()

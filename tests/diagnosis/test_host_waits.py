@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -158,6 +159,8 @@ def test_tensors_of_batches_of_any_form_are_marked() -> None:
 
     kjt = KeyedJaggedTensor(keys=["a"], values=torch.arange(3), lengths=torch.tensor([1, 2]))
     batch, waits = Batch(kjt, {"x": [torch.ones(2)]}), HostWaits(CPU)
-    waits.mark(batch)
+    endless = SimpleNamespace(batch=batch)
+    endless.itself = endless
+    waits.mark(endless)
     assert all(map(waits.is_on_device, (kjt.values(), kjt.lengths(), batch.parts["x"][0])))
     assert not waits.is_on_device(torch.ones(2))
