@@ -18,7 +18,7 @@ from torchx.specs.file_linter import validate
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCHX = str(Path(sysconfig.get_path("scripts")) / "torchx")
-COMPONENTS = ("prepare", "train", "fuse", "evaluate", "export", "benchmark", "chain")
+COMPONENTS = ("prepare", "train", "fuse", "evaluate", "export", "doctor", "plan", "benchmark", "chain")
 # What a program does not begin without.
 NEEDED = {
     "prepare": ("--input", "I", "--output", "O"),
@@ -26,6 +26,8 @@ NEEDED = {
     "fuse": ("--run", "R"),
     "evaluate": ("--run", "R", "--output", "O"),
     "export": ("--run", "R", "--output", "O"),
+    "doctor": ("--preset", "demo"),
+    "plan": ("--preset", "demo"),
     "benchmark": ("attention",),
     "chain": ("--run", "R", "--input", "I"),
 }

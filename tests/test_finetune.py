@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from mufasa_rec.config import RunConfig
+from mufasa_rec.config import CONFIG_FILE, RunConfig, save_config
 from mufasa_rec.data.batch import Batch
 from mufasa_rec.distributed.collectives import RankExchange
 from mufasa_rec.distributed.env import DistributedEnv
@@ -28,9 +28,10 @@ from mufasa_rec.training.fusion_trainer_config import FusionTrainerConfig
 from mufasa_rec.training.optim import OptimizerConfig, TrainOptimizer
 from mufasa_rec.training.preemption import EXIT_CODE, Preempted
 from mufasa_rec.training.saver import CheckpointConfig
+from tests.helpers.broken_data import copy_of, with_other_content
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import metrics_of, small_config, train_in, weights_of
-from torchx_apps import evaluate, export
+from torchx_apps import doctor, evaluate, export
 from torchx_apps.fuse import fuse
 from torchx_apps.fuse_config import FuseConfig
 from torchx_apps.fusion_tuning import START_FILE
@@ -182,3 +183,27 @@ def test_source_that_is_none_is_refused(source: Path, tmp_path: Path) -> None:
     save_file({"x": torch.zeros(1)}, tmp_path / LAYER_FILE)
     with pytest.raises(ValueError, match="holds no fusion layer"):
         TrainedLayer.load(tmp_path / LAYER_FILE)
+
+
+def test_doctor_finds_a_retriever_with_a_layer_healthy(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_config(config_of(source, tune=True), tmp_path)
+    doctor.main(["--config", str(tmp_path / CONFIG_FILE), "--json"])
+    said = json.loads(capsys.readouterr().out)
+    assert said["healthy"]
+    assert said["steps"] == 2
+
+
+def test_doctor_names_content_of_another_width_than_the_layer_was_trained_for(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = config_of(source, tune=True)
+    folder = copy_of(str(source / "dataset"), tmp_path)
+    before = with_other_content(folder, "title", 12)
+    save_config(replace(config, data=replace(config.data, dataset=str(folder))), tmp_path)
+    with pytest.raises(SystemExit, match="1"):
+        doctor.main(["--config", str(tmp_path / CONFIG_FILE), "--json"])
+    (fault,) = json.loads(capsys.readouterr().out)["findings"]
+    assert fault["where"].startswith("content.title (")
+    assert f"width 12, the model is made for {before}, as the fusion layer of" in fault["what"]

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from torchrec.distributed.types import ShardingPlan
 
 from mufasa_rec.config import RunConfig
 from mufasa_rec.data import paths
@@ -182,14 +183,23 @@ def shard_retriever(config: RunConfig, data: OpenDataset, retriever: Retriever, 
     return shard_model(config, data, retriever, config.model.init_std, device)
 
 
-def shard_model(
-    config: RunConfig, data: OpenDataset, model: Retriever | Ranker, init_std: float, device: torch.device
-) -> nn.Module:
-    """Shard a model, draw its tables' weights, and read the content shard by shard."""
+def plan_of(config: RunConfig, model: Retriever | Ranker, device: torch.device) -> ShardingPlan:
+    """The plan of a run's tables: the saved one that it names, or TorchRec's; collective."""
     if config.sharding.plan:
-        plan = plan_file.load_plan(config.sharding.plan, model, device.type, config.sharding, dist.get_world_size())
-    else:
-        plan = sharding.make_plan(model, device, config.sharding, config.tables)
+        return plan_file.load_plan(config.sharding.plan, model, device.type, config.sharding, dist.get_world_size())
+    return sharding.make_plan(model, device, config.sharding, config.tables)
+
+
+def shard_model(
+    config: RunConfig,
+    data: OpenDataset,
+    model: Retriever | Ranker,
+    init_std: float,
+    device: torch.device,
+    plan: ShardingPlan | None = None,
+) -> nn.Module:
+    """Shard a model by its plan, draw its tables' weights, and read the content shard by shard."""
+    plan = plan or plan_of(config, model, device)
     drawn = model.sparse.drawn_tables
     if dist.get_rank() == 0:
         for line in start_table(model, plan):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import argparse
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mufasa_rec.data.schema import (
@@ -64,3 +65,41 @@ def imagined_manifest(
         mask_seen_default=True,
         impressions=shown if users else None,
     )
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options that describe a catalog."""
+    parser.add_argument("--items", metavar="N", type=float, help="items of a catalog that is not there yet")
+    parser.add_argument(
+        "--content", metavar="NAME=WIDTH", nargs="+", default=[], help="its content modalities, with --items"
+    )
+    parser.add_argument("--users", metavar="N", type=float, default=0, help="its users, with --items, for ranking")
+
+
+def described(options: argparse.Namespace) -> DatasetManifest | None:
+    """The catalog that options describe; None when they describe none.
+
+    Raises:
+        ValueError: For a size that is no number, or below 1.
+    """
+    if options.items is None:
+        return None
+    widths = {name: int(width) for name, width in numbers("--content", options.content).items()}
+    return imagined_manifest(items=int(options.items), content=widths, users=int(options.users))
+
+
+def numbers(option: str, given: Sequence[str]) -> dict[str, float | int]:
+    """`NAME=NUMBER` pairs; whole numbers as such.
+
+    Raises:
+        ValueError: For a pair that is none.
+    """
+    found: dict[str, float | int] = {}
+    for pair in given:
+        name, _, text = pair.partition("=")
+        try:
+            number = float(text)
+        except ValueError:
+            raise ValueError(f"{option} {pair}: give NAME=NUMBER.") from None
+        found[name] = int(number) if number == int(number) else number
+    return found

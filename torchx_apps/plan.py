@@ -26,7 +26,7 @@ from mufasa_rec.planning.plan_file import save_plan
 from mufasa_rec.planning.report import page
 from mufasa_rec.planning.topology import Topology
 from torchx_apps import assembly, command_line
-from torchx_apps.imagined import CATALOGS, imagined_manifest
+from torchx_apps.imagined import CATALOGS, add_options, described, imagined_manifest, numbers
 from torchx_apps.plan_run import plan_run
 
 _DOES_NOT_FIT = 2
@@ -35,14 +35,13 @@ _DOES_NOT_FIT = 2
 @record
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, plan, print the report and save the plan."""
-    parser = command_line.parser("plan", __doc__)
-    _add_options(parser)
+    parser = make_parser()
     setup_logging(0, logging.WARNING)
     try:
         options, config = _parse(parser, argv)
         if not options.topology:
             raise ValueError("--topology: missing; give one such as 8xH100, 128x8xH100 or 2xCPU.")
-        topology = Topology.parse(options.topology, **_numbers("--hardware", options.hardware))
+        topology = Topology.parse(options.topology, **numbers("--hardware", options.hardware))
         manifest, item_rows = _data(config, options)
         report = plan_run(config, manifest, topology, item_rows=item_rows)
         if options.save and not report.fits:
@@ -56,20 +55,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(_DOES_NOT_FIT)
 
 
-def _add_options(parser: argparse.ArgumentParser) -> None:
+def make_parser() -> argparse.ArgumentParser:
+    """The program's own options; the others are fields of the configuration."""
+    parser = command_line.parser("plan", __doc__)
     parser.add_argument("--topology", metavar="TEXT", help="what it is to run on, such as 8xH100, 128x8xH100, 2xCPU")
     parser.add_argument(
         "--hardware", metavar="NAME=NUMBER", nargs="+", default=[],
         help="numbers of a rank that differ: hbm_bytes, ddr_bytes, inter_node_gb_s, ... (mufasa_rec.planning.topology)",
     )  # fmt: skip
     parser.add_argument("--manifest", metavar="FILE", help="a dataset.json, in place of --data.dataset")
-    parser.add_argument("--items", metavar="N", type=float, help="items of a catalog that is not there yet")
-    parser.add_argument(
-        "--content", metavar="NAME=WIDTH", nargs="+", default=[], help="its content modalities, with --items"
-    )
-    parser.add_argument("--users", metavar="N", type=float, default=0, help="its users, with --items, for ranking")
+    add_options(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--save", metavar="FILE", help="write the plan, for `train --sharding.plan FILE`")
+    return parser
 
 
 def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[argparse.Namespace, RunConfig]:
@@ -81,9 +79,9 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple
 
 def _data(config: RunConfig, options: argparse.Namespace) -> tuple[DatasetManifest, int | None]:
     """`dataset.json`, and the rows of the items' table where they are known exactly."""
-    if options.items is not None:
-        widths = {name: int(width) for name, width in _numbers("--content", options.content).items()}
-        return imagined_manifest(items=int(options.items), content=widths, users=int(options.users)), None
+    catalog = described(options)
+    if catalog is not None:
+        return catalog, None
     if options.manifest:
         return from_json(DatasetManifest, load_json(options.manifest), options.manifest), None
     if config.data.dataset:
@@ -95,19 +93,6 @@ def _data(config: RunConfig, options: argparse.Namespace) -> tuple[DatasetManife
         "data.dataset: missing; give the folder that `prepare` wrote, --manifest dataset.json, or --items N for a "
         "catalog that is not there yet."
     )
-
-
-def _numbers(option: str, given: Sequence[str]) -> dict[str, float | int]:
-    """`NAME=NUMBER` pairs; whole numbers as such."""
-    found: dict[str, float | int] = {}
-    for pair in given:
-        name, _, text = pair.partition("=")
-        try:
-            number = float(text)
-        except ValueError:
-            raise ValueError(f"{option} {pair}: give NAME=NUMBER.") from None
-        found[name] = int(number) if number == int(number) else number
-    return found
 
 
 if __name__ == "__main__":

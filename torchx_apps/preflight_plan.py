@@ -16,7 +16,7 @@ MB = 10**6
 _MOST_REMEDIES = 3
 
 
-def check_plan(config: RunConfig, manifest: DatasetManifest, findings: Findings) -> None:
+def check_tables(config: RunConfig, manifest: DatasetManifest, findings: Findings) -> None:
     """Plan a training on the machines of its job.
 
     Args:

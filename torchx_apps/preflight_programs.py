@@ -4,28 +4,31 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
-
-import numpy as np
 
 from mufasa_rec.config import CONFIG_FILE, RunConfig, load_config
 from mufasa_rec.data import paths
-from mufasa_rec.data.content_manifest import ContentManifest, generation_folder
 from mufasa_rec.data.importers.generated import PREFIX
-from mufasa_rec.data.item_lookup import ItemVocabulary, split_of
 from mufasa_rec.data.order import readers_of
-from mufasa_rec.data.parquet import RowGroupReader, first_row_group
-from mufasa_rec.data.ranking_collate import ShownFeatures
-from mufasa_rec.data.schema import DatasetManifest, SplitRef
 from mufasa_rec.training.checkpoint import find_checkpoint
 from mufasa_rec.training.saver import CheckpointConfig
-from torchx_apps import benchmark, chain_steps, evaluate, export, fuse, prepare, run_folder, train
+from torchx_apps import (
+    benchmark,
+    chain_steps,
+    evaluate,
+    export,
+    fuse,
+    prepare,
+    run_folder,
+    train,
+)
+from torchx_apps.preflight_before import check_doctor, check_plan
+from torchx_apps.preflight_data import PREPARED, check_content, check_dataset
 from torchx_apps.preflight_findings import Findings
-from torchx_apps.preflight_plan import check_plan
+from torchx_apps.preflight_plan import check_tables
 
 Check = Callable[[list[str], Findings], None]
-PREPARED = "give the folder that `prepare` wrote"
 
 
 def check_train(arguments: list[str], findings: Findings) -> None:
@@ -49,10 +52,10 @@ def check_train(arguments: list[str], findings: Findings) -> None:
         return
     if config.uses_content:
         with findings.guard():
-            _check_content(config.data.dataset, manifest, config.data.modalities)
+            check_content(config.data.dataset, manifest, config.data.modalities)
     if possible:
         with findings.guard("plan of the tables: "):
-            check_plan(config, manifest, findings)
+            check_tables(config, manifest, findings)
 
 
 def check_fuse(arguments: list[str], findings: Findings) -> None:
@@ -67,7 +70,7 @@ def check_fuse(arguments: list[str], findings: Findings) -> None:
     manifest = check_dataset("dataset", config.dataset, config.split, findings)
     if manifest is not None:
         with findings.guard():
-            _check_content(config.dataset, manifest, config.modalities)
+            check_content(config.dataset, manifest, config.modalities)
 
 
 def check_prepare(arguments: list[str], findings: Findings) -> None:
@@ -136,55 +139,6 @@ def check_chain(arguments: list[str], findings: Findings) -> None:
             CHECKS[f"torchx_apps.{step}"](chain_steps.arguments_of(step, options, with_content=True), findings)
 
 
-def check_dataset(name: str, url: str, split: str, findings: Findings) -> DatasetManifest | None:
-    """Look at a prepared data set: its manifest, a split, and the first row group of the training part.
-
-    Args:
-        name: Option or field that names it.
-        url: Where it lies.
-        split: Split that is read.
-        findings: Takes what is found.
-
-    Returns:
-        Its manifest; None when it is not there, or not to be seen from here.
-    """
-    if not url:
-        findings.problems.append(f"{name}: missing; {PREPARED}, as `--{name.lstrip('-')} FOLDER`")
-        return None
-    if not findings.readable(name, url, PREPARED):
-        return None
-    with findings.guard(f"{name} {url}: "):
-        manifest = DatasetManifest.load(url)
-        ref, _ = split_of(manifest, url, split)
-        findings.checked.append(_first_rows(url, manifest, ref))
-        return manifest
-    return None
-
-
-def _first_rows(url: str, manifest: DatasetManifest, ref: SplitRef) -> str:
-    """Read the first row group of a split's training part, with every column that the manifest speaks of."""
-    group = first_row_group(url, manifest, ref, "train")
-    events = [name for name, one in manifest.features.items() if one.level == "event" and one.kind != "id"]
-    times = ["timestamp"] if manifest.time.absolute else []
-    shown: tuple[str, ...] = ()
-    if ref.rows == "requests" and manifest.impressions is not None:
-        shown = ShownFeatures(manifest.impressions, ItemVocabulary(np.zeros(0, np.int64), "", 0)).columns
-    RowGroupReader(["item", *times, *events], shown=shown).read(group)
-    return (
-        f"data set {manifest.name} ({url}), split {ref.id}: the first row group has its {group.num_rows} rows and all "
-        f"columns of dataset.json ({', '.join(['item', *times, *events, *shown])})"
-    )
-
-
-def _check_content(url: str, manifest: DatasetManifest, modalities: Sequence[str] | None) -> None:
-    for name in manifest.content if modalities is None else modalities:
-        if name not in manifest.content:
-            raise ValueError(
-                f"modalities: {name!r} is not in data set {manifest.name!r}; there are {sorted(manifest.content)}"
-            )
-        ContentManifest.load(generation_folder(url, name, manifest.content[name].generation))
-
-
 def _check_run(folder: str, checkpoint: CheckpointConfig, findings: Findings) -> None:
     """Look at where a run is written, and at the time it has to save itself."""
     findings.writable("--run", folder)
@@ -243,6 +197,8 @@ def _vectors(vectors: Mapping[str, Any]) -> dict[str, str]:
 
 CHECKS: dict[str, Check] = {
     "torchx_apps.benchmark": check_benchmark,
+    "torchx_apps.doctor": check_doctor,
+    "torchx_apps.plan": check_plan,
     "torchx_apps.prepare": check_prepare,
     "torchx_apps.fuse": check_fuse,
     "torchx_apps.train": check_train,

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mufasa_rec.modules.history import Candidates, History
+from mufasa_rec.ops import host_reads
 from mufasa_rec.ops.jagged import PaddedGroup, lengths_of, plan_groups, positions, sequence_ids
 
 
@@ -100,12 +101,13 @@ def plan_pairs(
     num_candidates = len(candidates.embedded)
     if not num_candidates or not len(history.embedded):
         return []
-    tight = history.offsets.device.type == "cpu" if tight is None else tight
+    tight = host_reads.free(history.offsets) if tight is None else tight
     groups = _tight_groups(history, max_events) if tight else [_one_group(history, max_events)]
     owner = sequence_ids(candidates.offsets, num_candidates)
     slot = positions(candidates.offsets, num_candidates)
     if not tight:
-        num_slots = int(lengths_of(candidates.offsets).max())  # the one number that the host waits for
+        with host_reads.argued("the most candidates of a user is a shape that only the batch knows; once a batch"):
+            num_slots = int(lengths_of(candidates.offsets).max())
         everyone = torch.arange(num_candidates, device=owner.device)
         empty = (lengths_of(history.offsets) == 0)[owner]
         return [PairGroup(g.gather, g.valid, everyone, owner, slot, num_slots, empty) for g in groups]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mufasa_rec.modules.history import Candidates, History
 from mufasa_rec.modules.modalities import ModalityProjections
+from mufasa_rec.ops import host_reads
 from mufasa_rec.ops.jagged import last_index, positions, sequence_ids
 
 _UNKNOWN_ACTION = 0
@@ -139,7 +140,7 @@ class EventEmbedding(nn.Module):
 
     def _known(self, actions: Tensor) -> Tensor:
         """Refuse unknown codes where looking costs nothing."""
-        if actions.device.type == "cpu" and len(actions) and not torch.compiler.is_compiling():
+        if host_reads.free(actions) and len(actions) and not torch.compiler.is_compiling():
             low, high = (int(x) for x in actions.aminmax())
             if low < 0 or high >= self.config.num_actions:
                 raise ValueError(

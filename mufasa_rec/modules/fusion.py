@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from mufasa_rec.modules.mlp import GatedBlock
 from mufasa_rec.modules.modalities import ModalityProjections
+from mufasa_rec.ops import host_reads
 
 # Below the content: layer normalisation would otherwise make all items look alike at the start.
 _INIT_STD = 0.02
@@ -201,7 +202,7 @@ class FusionLayer(nn.Module):
     def _genre(self, items: ItemContent, table: Tensor) -> Tensor:
         """Mean of the embeddings of each item's genres, `[N, E]`; zero without any."""
         ids, lengths = items.genres, items.genre_lengths
-        if ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        if host_reads.free(ids) and not torch.compiler.is_compiling():
             if len(ids) and int(ids.max()) >= self.num_genres:
                 raise ValueError(f"genres: id {int(ids.max())}, but the layer has num_genres={self.num_genres}.")
             if int(lengths.sum()) != len(ids):

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from mufasa_rec.ops import host_reads
+
 
 @dataclass(frozen=True, kw_only=True)
 class History:
@@ -138,7 +140,7 @@ def _check_offsets(name: str, offsets: Tensor, rows: int) -> None:
             f"{name}: {offsets.dtype} of shape {tuple(offsets.shape)}, expected int64 of shape (users + 1,); "
             "a KeyedJaggedTensor's offsets may need .long()."
         )
-    if offsets.device.type != "cpu" or torch.compiler.is_compiling():
+    if not host_reads.free(offsets) or torch.compiler.is_compiling():
         return
     if int(offsets[0]) != 0 or int(offsets[-1]) != rows or bool((offsets[1:] < offsets[:-1]).any()):
         raise ValueError(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mufasa_rec.modules.fusion import FusionLayer, ItemContent
+from mufasa_rec.ops import host_reads
 
 
 class ItemFusion(nn.Module):
@@ -89,4 +90,5 @@ def _without_missing(
     if counts is not None:
         owner = torch.repeat_interleave(owner, counts, output_size=len(genres))
     known = genres > 0
-    return genres[known].long(), none.index_add(0, owner, known.long())
+    with host_reads.argued("the fusion layer reads lists of known genres only, as it was trained; once a batch"):
+        return genres[known].long(), none.index_add(0, owner, known.long())

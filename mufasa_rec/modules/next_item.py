@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mufasa_rec.ops import host_reads
 from mufasa_rec.ops.softmax import full_softmax_loss, sampled_softmax_loss
 
 
@@ -155,7 +156,7 @@ class NextItemObjective(nn.Module):
 def _columns(rows: Tensor, target_row: Tensor) -> Tensor:
     """Column of each target among the ascending candidate rows."""
     column = torch.searchsorted(rows, target_row)
-    if rows.device.type == "cpu" and len(rows):
+    if host_reads.free(rows) and len(rows):
         absent = rows[column.clamp(max=len(rows) - 1)] != target_row
         if bool(absent.any()):
             raise ValueError(

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mufasa_rec.ops import host_reads
+
 
 class SumExchange(Protocol):
     """What the loss needs from the other ranks."""
@@ -98,6 +100,6 @@ class RankingObjective(nn.Module):
 
 
 def _check_labels(labels: Tensor) -> None:
-    if labels.device.type == "cpu" and len(labels) and not bool(((labels == 0) | (labels == 1) | (labels < 0)).all()):
+    if host_reads.free(labels) and len(labels) and not bool(((labels == 0) | (labels == 1) | (labels < 0)).all()):
         wrong = labels[(labels != 0) & (labels != 1) & ~(labels < 0)][0]
         raise ValueError(f"labels: {float(wrong)}; cross-entropy wants 0 or 1, and a negative number for no label.")

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mufasa_rec.ops import host_reads
 from mufasa_rec.ops.jagged import GroupPlan, PaddedGroup
 
 
@@ -153,7 +154,7 @@ def candidate_attention(
     if bias is not None:
         result = result + bias[:0].sum()
     for group in plan.groups:
-        if len(group.sequences) == plan.num_sequences and owner.device.type != "cpu":
+        if len(group.sequences) == plan.num_sequences and not host_reads.free(owner):
             result = _attend(qkv, history_kv, owner, group, bias)  # `nonzero` would wait for the device
             break
         place = torch.full((plan.num_sequences,), -1, dtype=torch.int64, device=owner.device)

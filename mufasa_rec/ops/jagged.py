@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mufasa_rec.ops import host_reads
+
 
 @dataclass(frozen=True)
 class PaddedGroup:
@@ -118,7 +120,7 @@ def plan_groups(offsets: Tensor, num_events: int, *, max_groups: int = 6, max_le
     if max_groups < 1:
         raise ValueError(f"max_groups={max_groups}: choose 1 or more.")
     num_sequences = offsets.numel() - 1
-    if offsets.device.type != "cpu":
+    if not host_reads.free(offsets):
         if max_length is None:
             raise ValueError("max_length=None: an accelerator needs an upper bound of the lengths; pass max_length.")
         if not num_events:

@@ -27,20 +27,26 @@ def make_pipeline(
     return kind(model=model, optimizer=optimizer, device=device, execute_all_batches=True, custom_model_fwd=forward)
 
 
+def left_out(model: nn.Module, pipeline: TrainPipelineSparseDist) -> list[str]:
+    """Names of the sharded modules that are looked up outside the pipeline; known after its first step."""
+    pipelined = {id(module) for module in pipeline._pipelined_modules}
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, ShardedModule) and id(module) not in pipelined
+    ]
+
+
 def check_pipelined(model: nn.Module, pipeline: TrainPipelineSparseDist) -> None:
     """Stop when a sharded module is looked up outside the pipeline.
 
     Raises:
         RuntimeError: Names the modules and says what causes it.
     """
-    pipelined = {id(module) for module in pipeline._pipelined_modules}
-    left = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, ShardedModule) and id(module) not in pipelined
-    ]
+    left = left_out(model, pipeline)
     if left:
         raise RuntimeError(
             f"{len(left)} sharded modules are not pipelined: {', '.join(left)}. Their input is made or changed inside "
-            "the model's forward; build every KeyedJaggedTensor in collate and pass it to the sharded module as it is."
+            "the model's forward; build every KeyedJaggedTensor in collate and pass it to the sharded module as it is. "
+            "`python -m torchx_apps.doctor` names the line."
         )

@@ -21,7 +21,7 @@ from mufasa_rec.launch.schedulers.kubernetes import create_scheduler
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 GOLDEN = Path(__file__).resolve().parent / "golden" / "kubernetes"
-COMPONENTS = ("prepare", "train", "fuse", "evaluate", "export", "benchmark", "chain")
+COMPONENTS = ("prepare", "train", "fuse", "evaluate", "export", "doctor", "plan", "benchmark", "chain")
 APP_ID = "name-of-the-job"
 # The overlay that the page gives as an example.
 OVERLAY = (ROOT / "docs" / "kubernetes.md").read_text().partition("```yaml\n")[2].partition("```")[0]

@@ -14,7 +14,7 @@ from tests.helpers.installed import ROOT, torchx
 from tests.helpers.slurm_cluster import free_ports
 from tests.test_components import PROGRAM
 
-COMPONENTS = ("prepare", "train", "fuse", "evaluate", "export", "benchmark", "chain")
+COMPONENTS = ("prepare", "train", "fuse", "evaluate", "export", "doctor", "plan", "benchmark", "chain")
 
 
 def entry_points(site: Path, group: str) -> dict[str, str]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mufasa_rec.ops import host_reads
 from mufasa_rec.ops.jagged import positions, sequence_ids
 from mufasa_rec.ops.sparse_attention.pattern import SparsePattern
 from mufasa_rec.ops.sparse_attention.segments import fixed_borders
@@ -143,13 +144,19 @@ def plan_layout(
         >>> layout.tokens.begin.tolist(), layout.tokens.offsets.tolist()
         ([0, 2, 5, 7], [0, 2, 2, 4])
     """
-    offsets = offsets.detach().to("cpu", torch.int64)
+    # The blocks of a batch decide shapes, so somebody must read them: here, once for all layers.
+    with host_reads.argued("blocks are planned on the host from offsets and positions, once a batch for all layers"):
+        offsets = offsets.detach().to("cpu", torch.int64)
+        if start_position is not None:
+            start_position = start_position.detach().to("cpu", torch.int64)
+        if borders is not None:
+            borders = borders.detach().to("cpu")
     num_events = _check_offsets(offsets)
     if pattern.max_blocks is not None:
         raise ValueError(
             f"max_blocks={pattern.max_blocks}: not applied yet; call pattern.resolve(max_history) once per run."
         )
-    start = torch.zeros_like(offsets[1:]) if start_position is None else start_position.detach().to("cpu", torch.int64)
+    start = torch.zeros_like(offsets[1:]) if start_position is None else start_position
     if start.shape != offsets[1:].shape:
         raise ValueError(f"start_position: shape {tuple(start.shape)}, expected ({len(offsets) - 1},): one a sequence.")
     if (borders is None) != (pattern.segmentation == "fixed"):
@@ -159,7 +166,7 @@ def plan_layout(
         )
     if borders is None:
         borders = fixed_borders(offsets, start, num_events, pattern.selection_block)
-    borders = _check_borders(borders.detach().cpu(), offsets, num_events)
+    borders = _check_borders(borders, offsets, num_events)
     return _layout(pattern, num_events, offsets, start, borders)
 
 

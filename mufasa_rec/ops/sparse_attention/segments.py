@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mufasa_rec.ops import host_reads
 from mufasa_rec.ops.jagged import positions, sequence_ids
 
 
@@ -81,9 +82,10 @@ def _bounded(offsets: Tensor, wished: Tensor, shortest: int, longest: int) -> Te
     borders = torch.zeros(len(wished), dtype=torch.bool)
     if not 1 <= shortest <= longest:
         raise ValueError(f"shortest={shortest}, longest={longest}: choose 1 <= shortest <= longest.")
-    wishes = torch.nonzero(wished.cpu()).squeeze(1).tolist()
+    with host_reads.argued("where a block ends depends on where the one before did, event by event; once a batch"):
+        wishes = torch.nonzero(wished.cpu()).squeeze(1).tolist()
+        ends = offsets.tolist()
     begins = []
-    ends = offsets.tolist()
     for begin, end in zip(ends[:-1], ends[1:], strict=True):
         while begin < end:
             begins.append(begin)
