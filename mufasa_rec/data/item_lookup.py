@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 
 from mufasa_rec.data import paths
 from mufasa_rec.data.content import ContentStore
+from mufasa_rec.data.id_keys import HashedKeys, RawKeys
 from mufasa_rec.data.items import ALWAYS_FROM, ItemStore
 from mufasa_rec.data.schema import DatasetManifest, SplitManifest, SplitRef
 
@@ -74,10 +75,13 @@ class ItemLookup:
         modalities: Content modalities to use; all when None.
         min_count: Training events that an item needs for an embedding of its own; ignored with a vocabulary.
         vocabulary: The vocabulary of an existing run; None makes one from the split's counts.
+        id_keys: What gives items their embedding keys in place of the vocabulary.
 
     Raises:
         ValueError: For an unknown modality, or counts or a vocabulary that belong to another split.
     """
+
+    keys_are_ids = False  # whether embedding keys are the raw ids, for a table that finds rows for them
 
     def __init__(
         self,
@@ -88,6 +92,7 @@ class ItemLookup:
         modalities: tuple[str, ...] | None = None,
         min_count: int = 1,
         vocabulary: ItemVocabulary | None = None,
+        id_keys: HashedKeys | RawKeys | None = None,
     ) -> None:
         self.items = ItemStore.open(dataset, manifest.items.generation)
         self.split = f"{split.id}@{split.hash}"
@@ -101,7 +106,8 @@ class ItemLookup:
                 "use the split that the run was trained on, or train again."
             )
         self.vocabulary = vocabulary
-        self.keys = vocabulary.keys_of(ids)
+        self.id_keys: ItemVocabulary | HashedKeys | RawKeys = id_keys or vocabulary
+        self.keys, self.keys_are_ids = self.id_keys.keys_of(ids), isinstance(id_keys, RawKeys)
         self.available = _available_in_training(self.items, self.counts, split)
         self.stores = {name: _open_store(dataset, manifest, split, name) for name in _chosen(manifest, modalities)}
         self.content_rows = {name: store.rows_of(ids) for name, store in self.stores.items()}
