@@ -21,6 +21,7 @@ from mufasa_rec.data.schema import DatasetManifest
 from mufasa_rec.distributed import sharding
 from mufasa_rec.distributed.collectives import RankExchange
 from mufasa_rec.distributed.env import DistributedEnv
+from mufasa_rec.distributed.managed_collision import start_rows_like
 from mufasa_rec.evaluation.retrieval import Evaluator, RetrieverScorer
 from mufasa_rec.models.ranker import Ranker
 from mufasa_rec.models.retriever import Retriever
@@ -30,7 +31,7 @@ from mufasa_rec.modules.sparse_arch import table_name
 from mufasa_rec.planning import plan_file
 from mufasa_rec.planning.start_table import start_table
 from mufasa_rec.training.fusion_file import TrainedLayer
-from torchx_apps import extractors, model_facts
+from torchx_apps import extractors, id_policies, model_facts
 from torchx_apps.open_dataset import OpenDataset
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,13 @@ def open_dataset(config: RunConfig, vocabulary: ItemVocabulary | None = None) ->
     ref, split = split_of(manifest, folder, config.data.split)
     modalities = config.data.modalities if config.uses_content else ()
     catalog = ItemLookup(
-        folder, manifest, split, modalities=modalities, min_count=config.data.min_count, vocabulary=vocabulary
+        folder,
+        manifest,
+        split,
+        modalities=modalities,
+        min_count=config.data.min_count,
+        vocabulary=vocabulary,
+        id_keys=id_policies.keys_of(id_policies.policies(config, manifest)["item"]),
     )
     return OpenDataset(folder, manifest, ref, split, catalog)
 
@@ -167,6 +174,7 @@ def shard_model(
             logger.info("%s", line)
     sharded = sharding.shard(model, plan, device, config.sharding)
     sharding.initialise_tables(sharded, dict.fromkeys(drawn, init_std), config.seed)
+    start_rows_like(sharded, dict.fromkeys(drawn, init_std), config.seed)
     stores = {table_name(f"content.{name}"): store.read for name, store in data.catalog.stores.items()}
     sharding.load_rows(sharded, stores)
     return sharded

@@ -6,6 +6,7 @@ from torch import nn
 from torchrec.distributed.types import ParameterSharding, ShardingPlan
 from torchrec.modules.embedding_modules import EmbeddingCollection
 
+from mufasa_rec.distributed.managed_collision import INSIDE
 from mufasa_rec.distributed.sharding import precision_of
 from mufasa_rec.planning.report import aligned
 
@@ -23,7 +24,8 @@ def start_table(model: nn.Module, plan: ShardingPlan) -> list[str]:
     for path, module in model.named_modules():
         if not isinstance(module, EmbeddingCollection):
             continue
-        planned: dict[str, ParameterSharding] = plan.plan[path]  # type: ignore[assignment]
+        whole = path.removesuffix(f".{INSIDE}")  # a managed collection is planned as a whole
+        planned: dict[str, ParameterSharding] = plan.plan[whole]  # type: ignore[assignment]
         for table in module.embedding_configs():
             part = planned[table.name]
             weight = next(module.embeddings[table.name].parameters())

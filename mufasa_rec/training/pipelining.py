@@ -33,7 +33,8 @@ def check_pipelined(model: nn.Module, pipeline: TrainPipelineSparseDist) -> None
     Raises:
         RuntimeError: Names the modules and says what causes it.
     """
-    pipelined = {id(module) for module in pipeline._pipelined_modules}
+    # Those inside a pipelined one are called by it.
+    pipelined = {id(inner) for module in pipeline._pipelined_modules for inner in module.modules()}
     left = [
         name
         for name, module in model.named_modules()
