@@ -82,7 +82,8 @@ class ShardedManagedCollection(ShardedManagedCollisionEmbeddingCollection):
         ids = self._managed_collision_collection._managed_collision_modules[table]
         assert isinstance(ids, ManagedIds)
         weights[rows] = self._drawn(table, ids, rows, weights.shape[1]).to(weights)
-        for state in kernel.split_optimizer_states()[index]:
+        states = kernel.split_optimizer_states()  # none at all for plain gradient descent
+        for state in states[index] if states else ():
             if state.numel() and state.numel() % len(weights) == 0:  # a number per row, or per weight
                 state.view(len(weights), -1)[rows] = 0
 

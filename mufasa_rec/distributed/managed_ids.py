@@ -31,7 +31,6 @@ from mufasa_rec.distributed import id_keys
 from mufasa_rec.distributed.id_policy import ManagedIdsConfig
 
 COUNTERS = ("counted", "hits", "lookups", "fallbacks", "admitted", "evicted")
-_CHUNK_ROWS = 1 << 21  # rows whose scores are in memory at once
 
 
 class Seen(NamedTuple):
@@ -47,8 +46,8 @@ class Seen(NamedTuple):
     counts: Tensor
     steps: Tensor
 
-    def where(self, mask: Tensor) -> Seen:
-        """Those that a mask `[n]` or an index names."""
+    def where(self, mask: Tensor | slice) -> Seen:
+        """Those that a mask `[n]`, an index or a slice names."""
         return Seen(self.keys[mask], self.counts[mask], self.steps[mask])
 
 
@@ -192,15 +191,12 @@ class ManagedIds(MCHManagedCollisionModule):
             steps[place[known]] = seen.steps[known]
         new = seen.where(~known & (seen.counts >= self.config.min_count))
         bucket = id_keys.bucket_of(new.keys, self.config.buckets) - self.first_bucket
-        many = max(_CHUNK_ROWS // self.bucket_rows, 1)
-        given = []
-        for first in range(0, self.num_buckets, many):
-            count = min(many, self.num_buckets - first)
-            here = slice(
-                *torch.searchsorted(bucket, torch.tensor([first, first + count], device=bucket.device)).tolist()
-            )
-            if here.stop > here.start:
-                given.append(self._replace(first, count, Seen(*(column[here] for column in new)), bucket[here] - first))
+        borders = torch.searchsorted(bucket, torch.arange(self.num_buckets + 1, device=bucket.device)).tolist()
+        given = [
+            self._replace(number, new.where(slice(first, end)))
+            for number, (first, end) in enumerate(zip(borders, borders[1:]))
+            if end > first
+        ]
         if any(len(rows) for rows in given):
             self._evicted_emb_indices, self._evicted = torch.cat(given), True
 
@@ -216,59 +212,39 @@ class ManagedIds(MCHManagedCollisionModule):
         steps = torch.searchsorted(borders, order[ends], right=True) + (self._current_iter - len(self.pending) + 1)
         return Seen(keys[ends], counts, steps)
 
-    def _replace(self, first: int, count: int, new: Seen, bucket: Tensor) -> Tensor:
-        """Admit the best new ids of some buckets in place of the worst that are there.
+    def _replace(self, bucket: int, new: Seen) -> Tensor:
+        """Admit the best new ids of a bucket in place of the worst that are there; one of equal worth stays.
+
+        A bucket at a time, so that ties do not depend on which buckets a rank holds.
 
         Args:
-            first: The first of the buckets.
-            count: How many.
-            new: New ids.
-            bucket: Bucket of each, counted from `first`.
+            bucket: The bucket, counted from this rank's first.
+            new: Its new ids.
 
         Returns:
-            Rows that got another id, by bucket.
+            Rows that got another id.
         """
-        tables = [self._of_buckets(table, first, count) for table in (self._mch_sorted_raw_ids, *self._state())]
-        ids, rows = tables[0], tables[1]
-        empty = self.empty[first : first + count, None]
-        metadata = dict(zip(self._mch_metadata, tables[2:]))
-        # Of a bucket's new ids the best come first; no more of them are looked at than there are rows.
-        order = torch.argsort(
-            self._scores({"counts": new.counts, "last_access_iter": new.steps}), descending=True, stable=True
-        )
-        order = order[torch.argsort(bucket[order], stable=True)]
-        new, bucket = new.where(order), bucket[order]
-        numbers = torch.bincount(bucket, minlength=count)
-        rank = torch.arange(len(bucket), device=bucket.device) - (numbers.cumsum(0) - numbers)[bucket]
-        most = min(int(numbers.max()), self.managed_rows)
-        best = torch.full((count, most), -torch.inf, dtype=torch.float64, device=bucket.device)
-        which = torch.zeros((count, most), dtype=torch.int64, device=bucket.device)
-        kept = rank < most
+        start = bucket * self.bucket_rows
+        managed = slice(start, start + self.managed_rows)
+        ids, rows = self._mch_sorted_raw_ids[managed], self._mch_remapped_ids_mapping[managed]
+        metadata = {name: column[managed] for name, column in self._mch_metadata.items()}
         scores = self._scores({"counts": new.counts, "last_access_iter": new.steps})
-        best[bucket[kept], rank[kept]] = scores[kept]
-        which[bucket[kept], rank[kept]] = kept.nonzero().squeeze(1)
-        held = self._scores(metadata).masked_fill_(ids == empty, -torch.inf)
-        worst, place = torch.topk(held, most, dim=1, largest=False, sorted=True)
-        taken = best > worst  # an equal one stays
-        admitted = new.where(which[taken])
-        self.counters[4] += len(admitted.keys)
-        self.counters[5] += (worst[taken] > -torch.inf).sum()
-        at = (taken.nonzero()[:, 0], place[taken])
-        given = rows[at]
-        ids[at] = admitted.keys
+        order = torch.argsort(scores, descending=True, stable=True)[: self.managed_rows]
+        held = self._scores(metadata).masked_fill_(ids == self.empty[bucket], -torch.inf)
+        worst, place = torch.topk(held, len(order), largest=False, sorted=True)
+        taken = scores[order] > worst
+        place, worst, admitted = place[taken], worst[taken], new.where(order[taken])
+        self.counters[4] += len(place)
+        self.counters[5] += (worst > -torch.inf).sum()
+        given = rows[place]
+        ids[place] = admitted.keys
         for name, column in metadata.items():
-            column[at] = admitted.counts if name == "counts" else admitted.steps
-        changed = taken.any(dim=1).nonzero().squeeze(1)
-        self._sort(tables, changed)
+            column[place] = admitted.counts if name == "counts" else admitted.steps
+        if len(place):
+            ids[:], order = torch.sort(ids)
+            for column in (rows, *metadata.values()):
+                column[:] = column[order]
         return given
-
-    def _sort(self, tables: list[Tensor], buckets: Tensor) -> None:
-        """Bring buckets `[n]` of the ids' table, and of all that belongs to it, into order."""
-        for bucket in buckets.tolist():
-            ids, order = torch.sort(tables[0][bucket])
-            tables[0][bucket] = ids
-            for table in tables[1:]:
-                table[bucket] = table[bucket][order]
 
     def _scores(self, metadata: dict[str, Tensor]) -> Tensor:
         """How much each id deserves a row, float64."""
@@ -278,14 +254,6 @@ class ManagedIds(MCHManagedCollisionModule):
             return metadata["last_access_iter"].double()
         distance = (self._current_iter - metadata["last_access_iter"] + 1).double()
         return metadata["counts"] / (distance if self.config.decay == 1 else distance**self.config.decay)
-
-    def _state(self) -> tuple[Tensor, ...]:
-        """What belongs to each place beside its id: the row, and what the policy remembers."""
-        return (self._mch_remapped_ids_mapping, *self._mch_metadata.values())
-
-    def _of_buckets(self, table: Tensor, first: int, count: int) -> Tensor:
-        """The managed places of some buckets, `[count, managed rows]`: a view."""
-        return table.view(self.num_buckets, self.bucket_rows)[first : first + count, : self.managed_rows]
 
     def open_slots(self) -> Tensor:
         """Managed rows that no id has."""
