@@ -17,6 +17,7 @@ import yaml
 from mufasa_rec.data import paths
 from mufasa_rec.data.loader import DataConfig
 from mufasa_rec.distributed.content_config import ContentConfig
+from mufasa_rec.distributed.id_policy import IdPolicyConfig, IdsConfig
 from mufasa_rec.distributed.sharding_config import ShardingConfig
 from mufasa_rec.distributed.table_config import TablesConfig
 from mufasa_rec.models.ranker_config import RankerConfig
@@ -56,6 +57,7 @@ class RunConfig:
         optimizer: How weights are updated.
         trainer: How long, and with what care.
         checkpoint: When the run is saved, and where.
+        ids: How raw ids find their rows, by feature.
         tables: What the trained tables are made of, and how single ones learn.
         content: Where content vectors lie, and in which precision.
         sharding: How tables are spread over ranks.
@@ -73,6 +75,7 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    ids: IdsConfig = field(default_factory=IdsConfig)
     tables: TablesConfig = field(default_factory=TablesConfig)
     content: ContentConfig = field(default_factory=ContentConfig)
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
@@ -86,6 +89,11 @@ class RunConfig:
             raise ValueError(f"threads={self.threads}: choose 1 or more.")
         if self.task not in MONITORS:
             raise ValueError(f"task={self.task!r}: choose one of {', '.join(MONITORS)}.")
+        if self.task == "retrieval" and self.ids.user != IdPolicyConfig():
+            raise ValueError(
+                f"ids.user.policy={self.ids.user.policy!r}: a retriever has no table of users; leave ids.user out, or "
+                "choose task: ranking."
+            )
         if self.trainer.monitor not in MONITORS[self.task]:
             raise ValueError(
                 f"trainer.monitor={self.trainer.monitor!r}: task {self.task!r} is judged by "

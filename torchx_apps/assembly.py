@@ -25,6 +25,7 @@ from mufasa_rec.data.schema import DatasetManifest
 from mufasa_rec.distributed import sharding
 from mufasa_rec.distributed.collectives import RankExchange
 from mufasa_rec.distributed.env import DistributedEnv
+from mufasa_rec.distributed.managed_collision import start_rows_like
 from mufasa_rec.evaluation.retrieval import Evaluator, RetrieverScorer
 from mufasa_rec.models.ranker import Ranker
 from mufasa_rec.models.retriever import Retriever
@@ -35,7 +36,7 @@ from mufasa_rec.modules.sparse_arch import table_name
 from mufasa_rec.planning import plan_file
 from mufasa_rec.planning.start_table import start_table
 from mufasa_rec.training.fusion_file import TrainedLayer
-from torchx_apps import extractors, model_facts
+from torchx_apps import extractors, id_policies, model_facts
 from torchx_apps.open_dataset import OpenDataset
 
 logger = logging.getLogger(__name__)
@@ -63,6 +64,7 @@ def open_dataset(config: RunConfig, vocabulary: ItemVocabulary | None = None) ->
         min_count=config.data.min_count,
         vocabulary=vocabulary,
         carried=config.content.on_host(manifest.content),
+        id_keys=id_policies.keys_of(id_policies.policies(config, manifest)["item"]),
     )
     return OpenDataset(folder, manifest, ref, split, catalog)
 
@@ -206,6 +208,7 @@ def shard_model(
             logger.info("%s", line)
     sharded = sharding.shard(model, plan, device, config.sharding)
     sharding.initialise_tables(sharded, dict.fromkeys(drawn, init_std), config.seed)
+    start_rows_like(sharded, dict.fromkeys(drawn, init_std), config.seed)
     sharding.load_rows(sharded, content_readers(config, data))
     return sharded
 

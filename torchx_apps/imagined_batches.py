@@ -59,7 +59,7 @@ def imagine(
         longest = config.data.max_history + ranking.alignment(config) - 1
         tables = model_facts.ranker_rows(facts, info, min(info.users + 1, MAX_ROWS))
         features = model_facts.ranking_features(facts, info, longest)
-        ranker = model_facts.make_ranker(config, features, tables, facts.contents, exchange)
+        ranker = model_facts.make_ranker(config, features, tables, facts, exchange)
         shown = rows * max(round(info.impressions / max(info.requests, 1)), 1)
         shape = _Shape(rows, longest, min(rows * longest, facts.num_available), shown)
         return ranker, [_ranking_batch(rng, shape, tables, facts) for _ in range(2)], note

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from mufasa_rec.config import RunConfig
 from mufasa_rec.data import raw
+from mufasa_rec.data.batch import ITEM
 from mufasa_rec.data.ranking_batch import USER
 from mufasa_rec.data.schema import DatasetManifest, ImpressionsInfo
 from mufasa_rec.distributed import sharding
+from mufasa_rec.distributed.id_policy import IdPolicyConfig
 from mufasa_rec.models.ranker import Ranker
 from mufasa_rec.models.ranker_build import build_arch
 from mufasa_rec.models.ranker_config import RankingFeatures
@@ -23,7 +26,7 @@ from mufasa_rec.modules.next_item import Exchange, NextItemObjective
 from mufasa_rec.modules.ranking_objective import SumExchange
 from mufasa_rec.modules.segmentation import BorderConfig
 from mufasa_rec.modules.sparse_arch import ContentTableConfig, SparseArch, TableConfig
-from torchx_apps import extractors
+from torchx_apps import extractors, id_policies
 from torchx_apps.open_dataset import OpenDataset
 
 
@@ -39,6 +42,7 @@ class ModelFacts:
         num_actions: Action codes, `unknown` included; 0 without actions.
         has_time: Whether events have absolute times.
         num_available: Items that may be negatives.
+        ids: How raw ids find their rows, by feature.
     """
 
     rows: Mapping[str, int]
@@ -48,6 +52,7 @@ class ModelFacts:
     num_actions: int
     has_time: bool
     num_available: int
+    ids: Mapping[str, IdPolicyConfig]
 
     @property
     def widths(self) -> dict[str, int]:
@@ -61,7 +66,8 @@ def of_data(config: RunConfig, data: OpenDataset) -> ModelFacts:
     return _facts(
         config,
         data.manifest,
-        item_rows=data.catalog.vocabulary.size,
+        item_rows=data.catalog.id_keys.size,
+        ids=id_policies.policies(config, data.manifest),
         multi_valued={name: column.offsets is not None for name, column in columns.items()},
         cardinality={name: column.cardinality for name, column in columns.items()},
         contents={name: (store.rows, store.width) for name, store in data.catalog.stores.items()},
@@ -71,7 +77,7 @@ def of_data(config: RunConfig, data: OpenDataset) -> ModelFacts:
 
 def of_manifest(config: RunConfig, manifest: DatasetManifest, item_rows: int | None = None) -> ModelFacts:
     """The facts that `dataset.json` tells, of all items unless `item_rows` says how many have a row of their own."""
-    items = manifest.item_categoricals()
+    items, ids = manifest.item_categoricals(), id_policies.policies(config, manifest)
     modalities = config.data.modalities if config.data.modalities is not None else tuple(manifest.content)
     for name in modalities:
         if name not in manifest.content:
@@ -84,7 +90,8 @@ def of_manifest(config: RunConfig, manifest: DatasetManifest, item_rows: int | N
     return _facts(
         config,
         manifest,
-        item_rows=manifest.items.count + 1 if item_rows is None else item_rows,
+        item_rows=ids["item"].rows if ids["item"].policy != "vocabulary" else item_rows or manifest.items.count + 1,
+        ids=ids,
         multi_valued={name: feature.multi_valued for name, feature in items.items()},
         cardinality={name: feature.cardinality for name, feature in items.items()},
         contents={
@@ -104,6 +111,7 @@ def _facts(
     cardinality: Mapping[str, int],
     contents: Mapping[str, tuple[int, int]],
     num_available: int,
+    ids: Mapping[str, IdPolicyConfig],
 ) -> ModelFacts:
     use_categoricals = config.task == "ranking" or config.model.use_categoricals
     rows = {"item": item_rows}
@@ -128,6 +136,7 @@ def _facts(
         num_actions=num_actions(manifest),
         has_time=manifest.time.absolute,
         num_available=num_available,
+        ids=ids,
     )
 
 
@@ -153,7 +162,7 @@ def make_retriever(
         fusion: The fusion layer that the retriever holds, with `model.fusion_source`.
     """
     model = config.model
-    sparse = make_sparse_arch(config, facts.rows, facts.contents, model.width)
+    sparse = make_sparse_arch(config, facts.rows, facts, model.width)
     modalities = facts.widths if fusion is None else {FUSED: fusion.layer.config.width}
     tower = ItemTower(
         modalities, dict(facts.multi_valued), model.width, use_id=model.use_id, id_dropout=model.id_dropout
@@ -185,7 +194,7 @@ def make_ranker(
     config: RunConfig,
     features: RankingFeatures,
     rows: Mapping[str, int],
-    contents: tuple[ContentTableConfig, ...],
+    facts: ModelFacts,
     exchange: SumExchange | None = None,
 ) -> Ranker:
     """The unsharded ranker, tables on `meta`, with fused optimizers attached.
@@ -194,11 +203,11 @@ def make_ranker(
         config: The run.
         features: What the data has.
         rows: Rows of its tables, by feature.
-        contents: Content, and where it lies.
+        facts: Content and where it lies, and its id policies.
         exchange: Reaches the other ranks; None for a world of one.
     """
     arch = build_arch(config.ranker, features, exchange)
-    return Ranker(make_sparse_arch(config, rows, contents, config.ranker.width, config.ranker.dims), arch)
+    return Ranker(make_sparse_arch(config, rows, facts, config.ranker.width, config.ranker.dims), arch)
 
 
 def ranking_features(facts: ModelFacts, info: ImpressionsInfo, max_history: int) -> RankingFeatures:
@@ -232,7 +241,7 @@ def ranker_rows(facts: ModelFacts, info: ImpressionsInfo, users: int) -> dict[st
 def make_sparse_arch(
     config: RunConfig,
     rows: Mapping[str, int],
-    contents: tuple[ContentTableConfig, ...],
+    facts: ModelFacts,
     width: int,
     dims: Mapping[str, int] | None = None,
 ) -> SparseArch:
@@ -241,7 +250,7 @@ def make_sparse_arch(
     Args:
         config: The run.
         rows: Rows of the tables of ids and categoricals, by feature.
-        contents: Content, and where it lies.
+        facts: Content and where it lies, and its id policies.
         width: Width of tables that `dims` does not name.
         dims: Width of single tables.
     """
@@ -255,10 +264,20 @@ def make_sparse_arch(
             weight_dtype=settings.weight_dtype_of(name),
             output_dtype=settings.output_dtype_of(name),
             frozen=settings.is_frozen(name),
+            **_lookups(name, facts.ids.get(name)),
         )
         for name, count in rows.items()
     ]
-    sparse = SparseArch(tables, width, contents, torch.device("meta"))
+    sparse = SparseArch(tables, width, facts.contents, torch.device("meta"))
     sharding.fuse_optimizer(sparse.trained, config.optimizer.tables, settings)
     sharding.freeze(sparse.untrained)
     return sparse
+
+
+def _lookups(name: str, policy: IdPolicyConfig | None) -> dict[str, Any]:
+    """How a table is looked up: by one key, by several, or by raw ids."""
+    if policy is None or policy.policy == "vocabulary":
+        return {}
+    if policy.policy == "hash":
+        return {"salts": policy.salts}
+    return {"managed": policy.managed, "drawn": name == ITEM}

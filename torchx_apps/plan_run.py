@@ -87,8 +87,10 @@ def describe(
             features = model_facts.ranking_features(
                 facts, info, config.data.max_history + ranking.alignment(config) - 1
             )
-            tables = model_facts.ranker_rows(facts, info, info.users + 1)
-            model: nn.Module = model_facts.make_ranker(config, features, tables, facts.contents)
+            users = facts.ids["user"]
+            rows_of_users = info.users + 1 if users.policy == "vocabulary" else users.rows
+            tables = model_facts.ranker_rows(facts, info, rows_of_users)
+            model: nn.Module = model_facts.make_ranker(config, features, tables, facts)
             shown = max(math.ceil(rows * info.impressions / max(info.requests, 1)), rows)
             return model, _load(config, facts, model, rows * features.max_history, rows, shown)
         borders = _stand_in(config.model.extractor.borders)

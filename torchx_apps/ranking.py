@@ -10,9 +10,11 @@ from torch import nn
 
 from mufasa_rec.config import RunConfig
 from mufasa_rec.data import raw
+from mufasa_rec.data.batch import ITEM
 from mufasa_rec.data.coding import Vocabulary
 from mufasa_rec.data.content import ContentStore
 from mufasa_rec.data.item_columns import ItemColumn
+from mufasa_rec.data.item_lookup import ItemVocabulary
 from mufasa_rec.data.parquet import list_row_groups
 from mufasa_rec.data.ranking_batch import USER
 from mufasa_rec.data.ranking_collate import ShownFeatures
@@ -24,7 +26,7 @@ from mufasa_rec.distributed.env import DistributedEnv
 from mufasa_rec.evaluation.impressions import ImpressionsEvaluator
 from mufasa_rec.models.ranker import Ranker
 from mufasa_rec.modules.sparse_arch import table_name
-from torchx_apps import assembly, model_facts
+from torchx_apps import assembly, id_policies, model_facts
 
 
 def impressions_of(data: assembly.OpenDataset) -> ImpressionsInfo:
@@ -56,8 +58,9 @@ def impressions_in(manifest: DatasetManifest) -> ImpressionsInfo:
 
 
 def features_of(config: RunConfig, data: assembly.OpenDataset) -> ShownFeatures:
-    """What candidates come with; users need as many training impressions as items."""
-    return ShownFeatures(impressions_of(data), load_users(data.folder, data.split, config.data.min_count))
+    """What candidates come with; with a vocabulary users need as many training impressions as items."""
+    keys = id_policies.keys_of(id_policies.policies(config, data.manifest)[USER])
+    return ShownFeatures(impressions_of(data), keys or load_users(data.folder, data.split, config.data.min_count))
 
 
 def alignment(config: RunConfig) -> int:
@@ -102,7 +105,7 @@ def build_ranker(config: RunConfig, data: assembly.OpenDataset, exchange: RankEx
     features = model_facts.ranking_features(
         facts, impressions_of(data), config.data.max_history + alignment(config) - 1
     )
-    return model_facts.make_ranker(config, features, table_rows(config, data), facts.contents, exchange)
+    return model_facts.make_ranker(config, features, table_rows(config, data), facts, exchange)
 
 
 def shard_ranker(config: RunConfig, data: assembly.OpenDataset, ranker: Ranker, device: torch.device) -> nn.Module:
@@ -129,9 +132,9 @@ def has_content(data: assembly.OpenDataset) -> dict[str, ItemColumn]:
 
 
 def row_ids(config: RunConfig, data: assembly.OpenDataset) -> dict[str, RowIds]:
-    """What the rows of every trained table stand for, by feature."""
-    ids = {"item": data.catalog.vocabulary.ids, USER: features_of(config, data).users.ids}
-    found = {name: RowIds(table_name(name), rows) for name, rows in ids.items()}
+    """What the rows of every trained table stand for, by feature, where that is known beforehand."""
+    ids = {ITEM: data.catalog.id_keys, USER: features_of(config, data).users}
+    found = {name: RowIds(table_name(name), keys.ids) for name, keys in ids.items() if isinstance(keys, ItemVocabulary)}
     for name in table_rows(config, data).keys() - ids.keys():
         feature = name if name.startswith(raw.CONTEXT_PREFIX) else name.split(".", 1)[1]
         found[name] = RowIds.of_values(table_name(name), Vocabulary.load(data.folder, feature).values)

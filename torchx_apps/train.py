@@ -15,6 +15,7 @@ import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 from torchrec.optim.optimizers import in_backward_optimizer_filter
@@ -22,6 +23,7 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 from mufasa_rec.config import RunConfig, save_config
 from mufasa_rec.data import paths
 from mufasa_rec.data.batch import Batch
+from mufasa_rec.data.ranking_loader import load_users
 from mufasa_rec.distributed.collectives import RankExchange
 from mufasa_rec.distributed.env import DistributedEnv, distributed
 from mufasa_rec.distributed.host_memory import keep_freed_memory
@@ -33,7 +35,7 @@ from mufasa_rec.training.saver import Saver
 from mufasa_rec.training.tracker import Tracker
 from mufasa_rec.training.trainer import Surroundings, Trainer
 from mufasa_rec.training.trainer_config import MONITORS
-from torchx_apps import assembly, command_line, fusion_tuning, run_folder, tables, tasks
+from torchx_apps import assembly, command_line, fusion_tuning, id_policies, run_folder, tables, tasks
 
 logger = logging.getLogger(__name__)
 
@@ -156,6 +158,7 @@ def _train(
             layer.save(folder / fusion_tuning.START_FILE)
         save_config(config, folder)  # last: from here on the folder holds a run
         _describe(data, dense, steps)
+        id_policies.tell(known_ids(config, data), id_policies.policies(config, data.manifest))
     tracker = Tracker(
         folder if env.is_main else None,
         steps,
@@ -226,6 +229,14 @@ def _describe(data: assembly.OpenDataset, dense: dict, steps: int) -> None:
         data.manifest.name, len(catalog), catalog.vocabulary.size - 1, sorted(catalog.stores) or "none",
         sum(p.numel() for p in dense.values()), steps,
     )  # fmt: skip
+
+
+def known_ids(config: RunConfig, data: assembly.OpenDataset) -> dict[str, np.ndarray]:
+    """Raw ids that the data set tells, by feature."""
+    known = {"item": np.asarray(data.catalog.items.ids)}
+    if config.task == "ranking":
+        known["user"] = load_users(data.folder, data.split, 1).ids
+    return known
 
 
 if __name__ == "__main__":

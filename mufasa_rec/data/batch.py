@@ -20,6 +20,15 @@ from typing_extensions import Self
 
 # Feature of item ids; item categorical c is `item.c`, modality m is `content.m`, event categorical c is `event.c`.
 ITEM = "item"
+# A table may have more features than one: `item#1` has the second key of each id (their vectors are summed),
+# `item#drawn` ids that come after those of `item` and were not seen by anybody.
+SUFFIX = "#"
+DRAWN = f"{SUFFIX}drawn"
+
+
+def salted(feature: str, salt: int) -> str:
+    """The feature of an id's key by one salt."""
+    return f"{feature}{SUFFIX}{salt}" if salt else feature
 
 
 class Moving(Pipelineable):

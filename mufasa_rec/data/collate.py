@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from mufasa_rec.data.batch import ITEM, Batch
+from mufasa_rec.data.batch import DRAWN, ITEM, Batch, salted
 from mufasa_rec.data.item_lookup import ItemLookup
 from mufasa_rec.data.parquet import RowGroup
 
@@ -117,9 +117,43 @@ class ItemFeatures:
     content: dict[str, torch.Tensor]
 
 
-def item_features(catalog: ItemLookup, rows: np.ndarray) -> ItemFeatures:
-    """What a batch says of items `rows [U]`."""
-    ids = {ITEM: catalog.keys[rows]}
+def id_features(feature: str, keys: np.ndarray) -> dict[str, np.ndarray]:
+    """Embedding keys `[n]`, or `[n, salts]` with a feature for each salt."""
+    columns = keys[:, None] if keys.ndim == 1 else keys
+    return {salted(feature, salt): columns[:, salt] for salt in range(columns.shape[1])}
+
+
+def seen_first(rows: np.ndarray, place: np.ndarray, num_seen: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """Batch items in an order in which those that the first entries refer to come first.
+
+    Args:
+        rows: Item row of each batch item, `[U]`.
+        place: Batch item of each entry.
+        num_seen: Entries that were seen, not drawn.
+
+    Returns:
+        The same two in that order, and how many batch items were seen.
+
+    Example:
+        >>> rows, place, seen = seen_first(np.array([5, 6, 7]), np.array([2, 2, 0, 1]), 2)
+        >>> rows.tolist(), place.tolist(), seen
+        ([7, 5, 6], [0, 0, 1, 2], 1)
+    """
+    drawn = np.ones(len(rows), dtype=bool)
+    drawn[place[:num_seen]] = False
+    order = np.argsort(drawn, kind="stable")
+    moved = np.empty_like(order)
+    moved[order] = np.arange(len(order))
+    return rows[order], moved[place], len(rows) - int(drawn.sum())
+
+
+def item_features(catalog: ItemLookup, rows: np.ndarray, num_seen: int | None = None) -> ItemFeatures:
+    """What a batch says of items `rows [U]`, of which the first `num_seen` were seen and the others drawn."""
+    keys = catalog.keys[rows]
+    if catalog.keys_are_ids:
+        ids = {ITEM: keys[:num_seen], ITEM + DRAWN: keys[len(keys) if num_seen is None else num_seen :]}
+    else:
+        ids = id_features(ITEM, keys)
     counts: dict[str, torch.Tensor] = {}
     present: dict[str, torch.Tensor] = {}
     content: dict[str, torch.Tensor] = {}
@@ -178,7 +212,10 @@ def collate(
         rows, place = distinct(everything, len(catalog))
     else:
         rows, place = everything, np.arange(len(everything))
-    items = item_features(catalog, rows)
+    num_seen = len(window_rows)
+    if dedup and catalog.keys_are_ids:
+        rows, place, num_seen = seen_first(rows, place, num_seen)
+    items = item_features(catalog, rows, num_seen)
     ids = items.ids
     layout = _layout(windows)
     for name in sorted(windows.columns.keys() - NOT_CATEGORICAL):

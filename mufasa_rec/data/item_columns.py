@@ -18,7 +18,7 @@ class ItemColumn:
 
     Args:
         ids: Raw ids of all items, mapped, `[items]`.
-        resolve: Gives the values `[k]` of ids `[k]`.
+        resolve: Gives the values of ids `[k]`, `[k, ...]`.
 
     Example:
         >>> column = ItemColumn(np.array([3, 5, 8]), lambda ids: ids * 10)
@@ -35,8 +35,9 @@ class ItemColumn:
     def __getitem__(self, rows: Any) -> Any:
         """Values of rows, of whatever shape NumPy's indexing gives; `[:]` costs memory for all items."""
         ids = np.asarray(self._ids[rows])
-        found = self._resolve(ids.reshape(-1)).reshape(ids.shape)
-        return found if ids.ndim else found.item()
+        found = self._resolve(ids.reshape(-1))
+        found = found.reshape(*ids.shape, *found.shape[1:])
+        return found if found.ndim else found.item()
 
 
 class ChosenItems:

@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 
 from mufasa_rec.data import paths
 from mufasa_rec.data.content import ContentStore
+from mufasa_rec.data.id_keys import HashedKeys, RawKeys
 from mufasa_rec.data.item_columns import ItemColumn
 from mufasa_rec.data.items import ALWAYS_FROM, ItemStore
 from mufasa_rec.data.schema import DatasetManifest, SplitManifest, SplitRef
@@ -81,6 +82,7 @@ class ItemLookup:
         min_count: Training events that an item needs for an embedding of its own; ignored with a vocabulary.
         vocabulary: The vocabulary of an existing run; None makes one from the split's counts.
         carried: Modalities whose vectors travel with the batch.
+        id_keys: What gives items their embedding keys in place of the vocabulary.
 
     Attributes:
         items: The item store.
@@ -96,6 +98,8 @@ class ItemLookup:
         ValueError: For an unknown modality, or counts or a vocabulary that belong to another split.
     """
 
+    keys_are_ids = False  # whether embedding keys are the raw ids, for a table that finds rows for them
+
     def __init__(
         self,
         dataset: paths.Location,
@@ -106,6 +110,7 @@ class ItemLookup:
         min_count: int = 1,
         vocabulary: ItemVocabulary | None = None,
         carried: tuple[str, ...] = (),
+        id_keys: HashedKeys | RawKeys | None = None,
     ) -> None:
         self.items = ItemStore.open(dataset, manifest.items.generation)
         self.split = f"{split.id}@{split.hash}"
@@ -120,9 +125,11 @@ class ItemLookup:
                 "use the split that the run was trained on, or train again."
             )
         self.vocabulary, self._border = vocabulary, split.borders.get("train_end")
+        self.id_keys: ItemVocabulary | HashedKeys | RawKeys = id_keys or vocabulary
+        self.keys_are_ids = isinstance(id_keys, RawKeys)
         self.stores = {name: _open_store(dataset, manifest, split, name) for name in _chosen(manifest, modalities)}
         self.carried = carried
-        self.keys = ItemColumn(ids, vocabulary.keys_of)
+        self.keys = ItemColumn(ids, self.id_keys.keys_of)
         self.content_rows = {name: ItemColumn(ids, store.rows_of) for name, store in self.stores.items()}
         self._direct = _direct_table(ids)
 

@@ -14,10 +14,12 @@ from mufasa_rec.data.collate import (
     Windows,
     cut_windows,
     distinct,
+    id_features,
     item_features,
     keyed_jagged,
     ragged_arange,
 )
+from mufasa_rec.data.id_keys import HashedKeys, RawKeys
 from mufasa_rec.data.item_lookup import ItemLookup, ItemVocabulary
 from mufasa_rec.data.parquet import RowGroup
 from mufasa_rec.data.ranking_batch import USER, RankingBatch
@@ -33,11 +35,11 @@ class ShownFeatures:
 
     Attributes:
         info: What `dataset.json` says of impressions.
-        users: Embedding keys of the users that were seen in training.
+        users: Embedding keys of users.
     """
 
     info: ImpressionsInfo
-    users: ItemVocabulary
+    users: ItemVocabulary | HashedKeys | RawKeys
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -148,7 +150,7 @@ def collate_requests(
     ids = items.ids
     for name in sorted(windows.columns.keys() - NOT_CATEGORICAL):
         ids[f"event.{name}"] = windows.columns[name].astype(np.int64, copy=False)
-    ids[USER] = features.users.keys_of(windows.user)
+    ids |= id_features(USER, features.users.keys_of(windows.user))
     for name in info.context:
         ids[raw.CONTEXT_PREFIX + name] = shown.columns[raw.CONTEXT_PREFIX + name]
     number = len(candidate_rows)

@@ -26,6 +26,7 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from mufasa_rec.distributed import cpu_tables
 from mufasa_rec.distributed.gradients import average_in_rank_order
+from mufasa_rec.distributed.managed_collision import ManagedCollectionSharder, managed_ids
 from mufasa_rec.distributed.sharding_config import ShardingConfig, ShardingType, TableSharding
 from mufasa_rec.distributed.table_config import Precision, TableOptimizerConfig, TablesConfig, TableSettings
 from mufasa_rec.distributed.table_rows import TableShard, initialise_tables, load_rows, local_shards
@@ -136,6 +137,8 @@ def make_planner(
     """
     tables = [(collection, table) for collection in _collections(model) for table in collection.embedding_configs()]
     config.refuse_unknown(table.feature_names[0] for _, table in tables)
+    _refuse_managed(model, config, topology.world_size)
+    config = config.with_managed(managed_ids(model))
     constraints = {}
     for collection, table in tables:
         _refuse_parted_rows(collection, table, config)
@@ -166,6 +169,23 @@ def _refuse_parted_rows(collection: EmbeddingCollection, table: EmbeddingConfig,
         )
 
 
+def _refuse_managed(model: nn.Module, config: ShardingConfig, world_size: int) -> None:
+    """Refuse what a table with managed rows cannot be."""
+    for name, ids in managed_ids(model).items():
+        ids.config.refuse_world(world_size, name)
+        own = config.tables.get(name, TableSharding())
+        if own.types not in (None, ("row_wise",)) or own.kernels not in (None, ("fused",)):
+            raise ValueError(
+                f"sharding.tables[{name!r}]: its rows are managed (ids.{name}.policy), which needs types: [row_wise] "
+                "and kernels: [fused]; leave them out."
+            )
+        if config.group_size is not None:
+            raise ValueError(
+                f"sharding.group_size={config.group_size}: the groups would admit different ids to table {name!r} "
+                f"(ids.{name}.policy); leave it out, or choose another policy."
+            )
+
+
 def _constraints(
     table: EmbeddingConfig,
     config: ShardingConfig,
@@ -182,7 +202,7 @@ def _constraints(
         sharding_types=list(config.types_of(name, device_type)),
         compute_kernels=list(config.kernels_of(name)),
         min_partition=min(config.min_columns, table.embedding_dim),
-        pooling_factors=[float(ids_per_step.get(name, 1))],
+        pooling_factors=[float(ids_per_step.get(name, 1))] * len(table.feature_names),
         output_dtype=None if output == "fp32" else DATA_TYPES[output],
         cache_params=CacheParams(load_factor=cache_share, prefetch_pipeline=config.prefetch) if cache_share else None,
         key_value_params=KeyValueParams(ssd_storage_directory=config.ssd_folder) if on_ssd else None,
@@ -194,7 +214,8 @@ def sharders(config: ShardingConfig, device: torch.device) -> list[Any]:
     comms = QCommsConfig(
         forward_precision=CommType(config.forward_comms), backward_precision=CommType(config.backward_comms)
     )
-    return [EmbeddingCollectionSharder(qcomm_codecs_registry=get_qcomm_codecs_registry(comms, device=device))]
+    tables = EmbeddingCollectionSharder(qcomm_codecs_registry=get_qcomm_codecs_registry(comms, device=device))
+    return [tables, ManagedCollectionSharder(tables)]
 
 
 def planner_topology(

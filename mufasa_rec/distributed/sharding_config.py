@@ -115,6 +115,11 @@ class ShardingConfig:
         own = self.tables.get(table, TableSharding()).cache_share
         return self.cache_share if own is None else own
 
+    def with_managed(self, tables: Iterable[str]) -> ShardingConfig:
+        """The same, with the one way that tables with managed rows can be sharded."""
+        own = {name: TableSharding(types=("row_wise",), kernels=("fused",)) for name in tables}
+        return replace(self, tables={**self.tables, **own}) if own else self
+
     def for_judging(self, device_type: str) -> ShardingConfig:
         """The same for looking tables up only, on any number of ranks: no saved plan, no groups, nothing ahead.
 

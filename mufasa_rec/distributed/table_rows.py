@@ -36,7 +36,7 @@ def local_shards(model: nn.Module) -> dict[str, list[TableShard]]:
     """This rank's parts of every sharded table, by table; nothing for a table without any."""
     found: dict[str, list[TableShard]] = {}
     for name, value in model.state_dict().items():
-        if not is_table(value):
+        if not is_table(name, value):
             continue
         for weight, (first, column) in _parts(value):
             parts = found.setdefault(name.removesuffix(".weight").rsplit(".", 1)[-1], [])
@@ -44,9 +44,22 @@ def local_shards(model: nn.Module) -> dict[str, list[TableShard]]:
     return found
 
 
-def is_table(value: Any) -> bool:
-    """Whether an entry of a state dict is a sharded table: a DTensor where groups of ranks hold copies."""
-    return isinstance(value, (ShardedTensor, DTensor))
+def is_table(name: str, value: Any) -> bool:
+    """Whether an entry of a state dict is a sharded table: a DTensor where groups of ranks hold copies.
+
+    What belongs to the rows of a managed table is sharded too, under other names.
+    """
+    return name.endswith(".weight") and isinstance(value, (ShardedTensor, DTensor))
+
+
+def belongs_to_ids(name: str) -> bool:
+    """Whether an entry of a state dict says which ids the rows of a managed table belong to."""
+    return "._managed_collision_modules." in name
+
+
+def is_of_tables(name: str) -> bool:
+    """Whether a name in a checkpoint is that of a table, or of what belongs to its rows."""
+    return ".embeddings." in name or belongs_to_ids(name)
 
 
 def _parts(value: Any) -> Iterator[tuple[Tensor, Sequence[int]]]:

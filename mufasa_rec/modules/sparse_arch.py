@@ -16,7 +16,10 @@ from torchrec.modules.embedding_configs import DataType, EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingCollection
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
+from mufasa_rec.data.batch import DRAWN, SUFFIX, salted
 from mufasa_rec.distributed.content_config import ContentPrecision, Placement
+from mufasa_rec.distributed.id_policy import ManagedIdsConfig
+from mufasa_rec.distributed.managed_collision import INSIDE, managed_collection
 from mufasa_rec.distributed.sharding import DATA_TYPES
 from mufasa_rec.distributed.table_config import Precision
 from mufasa_rec.modules.content_codes import packed_width, unpack
@@ -35,6 +38,9 @@ class TableConfig:
         weight_dtype: Precision of the weights.
         output_dtype: Precision of the vectors that are looked up.
         frozen: Whether it is only looked up, without gradient.
+        salts: Keys of each id, whose vectors are summed: one feature for each.
+        managed: Admission and eviction, for a table that is looked up by raw ids; None for one that is by keys.
+        drawn: Whether a managed table has a second feature, of ids that are looked up and not counted.
     """
 
     name: str
@@ -43,12 +49,26 @@ class TableConfig:
     weight_dtype: Precision = "fp32"
     output_dtype: Precision = "fp32"
     frozen: bool = False
+    salts: int = 1
+    managed: ManagedIdsConfig | None = None
+    drawn: bool = False
 
     def __post_init__(self) -> None:
         if self.num_embeddings < 1:
             raise ValueError(f"table {self.name!r}: num_embeddings={self.num_embeddings}; a table has 1 row or more.")
         if self.dim is not None and (self.dim < 4 or self.dim % 4):
             raise ValueError(f"table {self.name!r}: dim={self.dim}; choose a positive multiple of 4, as FBGEMM wants.")
+        if self.frozen and self.managed is not None:
+            raise ValueError(
+                f"tables.each[{self.name!r}].frozen=True: its rows are managed (ids.{self.name}.policy) and start anew "
+                "with every id that they are given; let it learn, or choose another policy."
+            )
+
+    @property
+    def features(self) -> list[str]:
+        """Features that are looked up in it."""
+        names = [salted(self.name, salt) for salt in range(self.salts)]
+        return [*names, self.name + DRAWN] if self.drawn else names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,12 +123,15 @@ class SparseArch(nn.Module):
         self.widths = {content.modality: content.width for content in contents}
         contents = [content for content in contents if content.placement == "sharded"]
         self.packed = {f"{CONTENT}.{c.modality}": c.width for c in contents if c.precision == "int8"}
-        trained = _groups([table for table in tables if not table.frozen], dim)
+        trained = _groups([table for table in tables if not table.frozen and table.managed is None], dim)
         first = f"dim_{dim}" if f"dim_{dim}" in trained else next(iter(trained), None)
         self.ids = None if first is None else EmbeddingCollection(tables=trained.pop(first), device=device)
         self.others = nn.ModuleDict(
             {name: EmbeddingCollection(tables=group, device=device) for name, group in trained.items()}
         )
+        managed = {table.name: table.managed for table in tables if table.managed is not None}
+        rows = _groups([table for table in tables if table.managed is not None], dim)
+        self.managed = nn.ModuleDict({name: managed_collection(group, managed, device) for name, group in rows.items()})
         frozen = _groups([table for table in tables if table.frozen], dim)
         self.frozen = nn.ModuleDict(
             {name: EmbeddingCollection(tables=group, device=device) for name, group in frozen.items()}
@@ -123,7 +146,8 @@ class SparseArch(nn.Module):
     @property
     def trained(self) -> nn.ModuleList:
         """The collections that learn."""
-        return nn.ModuleList([*([] if self.ids is None else [self.ids]), *self.others.values()])
+        managed = [collection.get_submodule(INSIDE) for collection in self.managed.values()]
+        return nn.ModuleList([*([] if self.ids is None else [self.ids]), *self.others.values(), *managed])
 
     @property
     def untrained(self) -> nn.ModuleList:
@@ -154,6 +178,8 @@ class SparseArch(nn.Module):
         looked_up = [] if self.ids is None else [self.ids(features)]
         for collection in self.others.values():
             looked_up.append(collection(features))
+        for collection in self.managed.values():
+            looked_up.append(collection(features)[0])
         with torch.no_grad():
             for collection in self.frozen.values():
                 looked_up.append(collection(features))
@@ -192,8 +218,15 @@ class Merge(nn.Module):
 
 
 def merge(looked_up: Sequence[dict[str, JaggedTensor]]) -> dict[str, Tensor]:
-    """Join the dicts of `SparseArch.forward` into feature to fp32 values, `[number of ids, dim]`."""
-    return {name: jagged.values().float() for found in looked_up for name, jagged in found.items()}
+    """Join the dicts of `SparseArch.forward` into feature to fp32 values, `[number of ids, dim]`.
+
+    Of a table with several features there is one: the keys of an id are summed, ids that do not count come last.
+    """
+    values = {name: jagged.values().float() for found in looked_up for name, jagged in found.items()}
+    for name in [name for name in values if SUFFIX in name]:
+        base, more = name.partition(SUFFIX)[0], values.pop(name)
+        values[base] = torch.cat([values[base], more]) if name == base + DRAWN else values[base] + more
+    return values
 
 
 def table_name(feature: str) -> str:
@@ -217,7 +250,7 @@ def _drawn(table: TableConfig, dim: int) -> EmbeddingConfig:
 
     return EmbeddingConfig(
         name=table_name(table.name),
-        feature_names=[table.name],
+        feature_names=table.features,
         num_embeddings=table.num_embeddings,
         embedding_dim=dim,
         data_type=DATA_TYPES[table.weight_dtype],

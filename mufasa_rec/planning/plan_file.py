@@ -19,6 +19,7 @@ from torchrec.modules.embedding_configs import DataType
 from torchrec.modules.embedding_modules import EmbeddingCollection
 
 from mufasa_rec.data import paths
+from mufasa_rec.distributed.managed_collision import INSIDE
 from mufasa_rec.distributed.sharding_config import ShardingConfig
 
 FORMAT_VERSION = 1
@@ -134,7 +135,7 @@ def _read_module(tables: dict[str, Any], device_type: str, local_world_size: int
 def _differences(plan: dict[str, EmbeddingModuleShardingPlan], model: nn.Module, world_size: int) -> list[str]:
     """How a plan's tables differ from a model's, in words."""
     wanted = {
-        f"{path}.{table.name}": (table.num_embeddings, table.embedding_dim)
+        f"{path.removesuffix(f'.{INSIDE}')}.{table.name}": (table.num_embeddings, table.embedding_dim)
         for path, module in model.named_modules()
         if isinstance(module, EmbeddingCollection)
         for table in module.embedding_configs()

@@ -6,6 +6,7 @@ from torch import nn
 from torchrec.distributed.types import ParameterSharding, ShardingPlan
 from torchrec.modules.embedding_modules import EmbeddingCollection
 
+from mufasa_rec.distributed.managed_collision import INSIDE
 from mufasa_rec.distributed.sharding import precision_of
 from mufasa_rec.modules.sparse_arch import CONTENT, SparseArch
 from mufasa_rec.planning.report import aligned
@@ -26,7 +27,8 @@ def start_table(model: nn.Module, plan: ShardingPlan) -> list[str]:
             contents = {f"{CONTENT}.{content.modality}": content for content in module.contents}
         if not isinstance(module, EmbeddingCollection):
             continue
-        planned: dict[str, ParameterSharding] = plan.plan[path]  # type: ignore[assignment]
+        whole = path.removesuffix(f".{INSIDE}")  # a managed collection is planned as a whole
+        planned: dict[str, ParameterSharding] = plan.plan[whole]  # type: ignore[assignment]
         for table in module.embedding_configs():
             part = planned[table.name]
             weight = next(module.embeddings[table.name].parameters())

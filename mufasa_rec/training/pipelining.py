@@ -28,8 +28,11 @@ def make_pipeline(
 
 
 def left_out(model: nn.Module, pipeline: TrainPipelineSparseDist) -> list[str]:
-    """Names of the sharded modules that are looked up outside the pipeline; known after its first step."""
-    pipelined = {id(module) for module in pipeline._pipelined_modules}
+    """Names of the sharded modules that are looked up outside the pipeline; known after its first step.
+
+    Those inside a pipelined one are called by it.
+    """
+    pipelined = {id(inner) for module in pipeline._pipelined_modules for inner in module.modules()}
     return [
         name
         for name, module in model.named_modules()

@@ -13,6 +13,7 @@ from mufasa_rec.data.matrices import Rows
 from mufasa_rec.data.row_ids import RowIds, load_row_ids
 from mufasa_rec.distributed.agreement import on_all_ranks
 from mufasa_rec.distributed.collectives import RankExchange
+from mufasa_rec.distributed.table_rows import is_of_tables
 from mufasa_rec.training.checkpoint import check_intact, find_checkpoint
 from mufasa_rec.training.checkpoint_manifest import FileFacts, file_facts
 from mufasa_rec.training.checkpoint_tensors import CheckpointTensors
@@ -81,7 +82,7 @@ class CheckpointTables:
             ending = "." + ".".join(name.rsplit(".", 2)[-2:])
             if ending in endings:
                 self._tables[endings[ending]] = name
-            else:
+            elif not is_of_tables(name):  # tables that row_ids does not name have no rows by id
                 self._modules.append(name.removeprefix(_MODEL))
 
     def tables(self) -> list[str]:

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from mufasa_rec.data.row_loader import RowLoader
 from mufasa_rec.distributed.collectives import RankExchange, host_group
+from mufasa_rec.distributed.managed_collision import managed_ids
+from mufasa_rec.distributed.managed_history import history, restore_history
 from mufasa_rec.training.accounting import Interval, StepCounts, Waiting, train_line
 from mufasa_rec.training.checkpoint import model_state
 from mufasa_rec.training.checkpoint_manifest import Manifest
@@ -118,7 +120,8 @@ class Trainer:
         self.device = next(iter(optimizer.parameters.values())).device
         self.pipeline = make_pipeline(model, optimizer, self.device, self._forward, prefetch=surroundings.prefetch)
         self.waiting = Waiting()
-        self.interval = Interval(surroundings.exchange, self.waiting, self.device)
+        counters = {feature: table.counters for feature, table in managed_ids(model).items()}
+        self.interval = Interval(surroundings.exchange, self.waiting, self.device, counters)
         self.progress = Progress()
         self._best_before: dict[str, Any] = {}
         self.signals = StopSignals(self.saver.config.grace_s)
@@ -143,11 +146,16 @@ class Trainer:
         progress = Progress(**manifest.state["progress"])
         check_data(manifest.state, self.loader.state(progress.epoch, progress.step), self.around.seed)
         self.saver.load(manifest, self._tensors())
+        restore_history(self.model, manifest.state.get("ids", {}), lambda wanted: self._load_ids(manifest, wanted))
         self.optimizer.resume(manifest.step)
         self.interval.restore(manifest.state["intervals"], self.around.exchange.rank)
         self.progress = progress
         self.begin = time.perf_counter() - progress.seconds
         self._saved_at = self._place()
+
+    def _load_ids(self, manifest: Manifest, wanted: dict[str, Any]) -> None:
+        if manifest.state.get("ids"):
+            self.saver.load(manifest, {"ids": wanted})
 
     def fit(self) -> dict[str, Any]:
         """Train to the end.
@@ -362,6 +370,7 @@ class Trainer:
         name = name or self.saver.name(step)
         self._mend_best(name)
         self.progress.seconds = begin - self.begin
+        tensors, facts = history(self.model, exchange)
         state = run_state(
             self.progress,
             self.loader.state(self.progress.epoch, self.progress.step),
@@ -369,7 +378,10 @@ class Trainer:
             intervals=exchange.objects(self.interval.state()),
             metrics_bytes=exchange.objects(self.tracker.position)[0],
         )
-        self.saver.save(Manifest(name=name, step=step, state=state, about={}), self._tensors(), wait=wait)
+        if facts:
+            state["ids"] = facts
+        tensors = self._tensors() | ({"ids": tensors} if tensors else {})
+        self.saver.save(Manifest(name=name, step=step, state=state, about={}), tensors, wait=wait)
         self._saved_at = self._place()
         self.interval.begin += time.perf_counter() - begin
 

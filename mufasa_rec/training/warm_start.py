@@ -17,7 +17,7 @@ from mufasa_rec.data import paths
 from mufasa_rec.data.row_ids import RowIds
 from mufasa_rec.distributed.agreement import on_all_ranks
 from mufasa_rec.distributed.collectives import RankExchange
-from mufasa_rec.distributed.table_rows import TableShard, is_table, local_shards
+from mufasa_rec.distributed.table_rows import TableShard, belongs_to_ids, is_table, local_shards
 from mufasa_rec.training.table_sources import TableSource, open_source
 from mufasa_rec.training.warm_start_plan import TableCopy, WarmStartConfig, plan
 
@@ -90,13 +90,17 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
     return {
         name.removesuffix(".weight").rsplit(".", 1)[-1]: (value.size()[0], value.size()[1])
         for name, value in model.state_dict().items()
-        if is_table(value)
+        if is_table(name, value)
     }
 
 
 def _modules(model: nn.Module) -> dict[str, Tensor]:
     """The data-parallel weights of a sharded model; they are the model's own memory."""
-    return {name: value for name, value in model.state_dict().items() if not is_table(value)}
+    return {
+        name: value
+        for name, value in model.state_dict().items()
+        if not is_table(name, value) and not belongs_to_ids(name)
+    }
 
 
 @torch.no_grad()

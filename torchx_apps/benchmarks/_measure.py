@@ -133,6 +133,13 @@ def peak_bytes(run: Callable[[], object]) -> int | None:
     return _status_bytes(status, "VmHWM") - held
 
 
+def resident_bytes() -> int:
+    """Memory of this process, without what its allocator only keeps."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return _status_bytes(Path("/proc/self/status"), "VmRSS")
+
+
 def _status_bytes(status: Path, name: str) -> int:
     line = next(line for line in status.read_text().splitlines() if line.startswith(name))
     return int(line.split()[1]) * 1024

@@ -11,8 +11,6 @@ its rows. Memory is what the ranks' resident memory grew by, beside what `plan` 
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import json
 import multiprocessing
 import os
@@ -31,7 +29,7 @@ from mufasa_rec.data import paths
 from mufasa_rec.distributed.env import hide_library_noise
 from mufasa_rec.distributed.sharding import local_shards
 from mufasa_rec.distributed.table_config import BYTES, Precision, TableOptimizerConfig
-from torchx_apps.benchmarks._measure import Measured, as_json, measured, surroundings
+from torchx_apps.benchmarks._measure import Measured, as_json, measured, resident_bytes, surroundings
 from torchx_apps.benchmarks._table import FEATURE, features_of, sharded_table
 
 _WARM_UP, _CHECKED = 3, 512
@@ -116,12 +114,12 @@ def _work(task: Task, rank: int) -> dict[str, Any]:
     stream = torch.Generator().manual_seed(rank)
     models, ids, held = {}, {}, 0
     for name, rows in (("base", task.base_rows), ("large", task.rows)):
-        held = _resident_bytes()
+        held = resident_bytes()
         models[name] = sharded_table(rows, task.dim, device, task.dtype)
         ids[name] = torch.randint(0, rows, (task.ids,), generator=stream)
         for _ in range(_WARM_UP):
             _step(models[name], ids[name])
-    grown = _resident_bytes() - held
+    grown = resident_bytes() - held
     check(models["large"], task)
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(task.rounds):
@@ -155,11 +153,3 @@ def check(model: nn.Module, task: Task) -> None:
         wanted[mine] = part.weight[ids[mine] - part.first].float()
     dist.all_reduce(wanted)
     torch.testing.assert_close(found, wanted, rtol=0, atol=0)
-
-
-def _resident_bytes() -> int:
-    """Memory of this process, without what its allocator only keeps."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))

@@ -1,0 +1,123 @@
+"""How raw ids of a feature find their rows: by a vocabulary, by hash, or in a bounded table that admits and evicts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+Policy = Literal["vocabulary", "hash", "managed_collision"]
+Eviction = Literal["lfu", "lru", "distance_lfu"]
+MOST_BUCKETS = 1024  # TorchRec's limit
+_MOST_SALTS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class ManagedIdsConfig:
+    """Who is admitted to a managed table, who must leave, and where all others are looked up.
+
+    Attributes:
+        eviction: Who leaves when all rows are taken: the least frequent (``lfu``), the least recent (``lru``), or the
+            one with the smallest count over its distance in steps to the power of `decay` (``distance_lfu``).
+        min_count: Times that a new id must be seen within one interval to be admitted.
+        interval: Steps between two rounds of admission and eviction.
+        decay: Exponent of ``distance_lfu``.
+        fallback_share: Share of the rows that ids without one of their own are spread over, by hash.
+        buckets: Parts of the table that admit and evict each on its own, so that neither depends on the number of
+            ranks: a power of two, and a multiple of every number of ranks that the run is to be loaded on.
+    """
+
+    eviction: Eviction = "distance_lfu"
+    min_count: int = 1
+    interval: int = 100
+    decay: float = 1.0
+    fallback_share: float = 0.05
+    buckets: int = 64
+
+    def __post_init__(self) -> None:
+        if self.eviction not in get_args(Eviction):
+            raise ValueError(
+                f"ids...managed.eviction={self.eviction!r}: choose one of {', '.join(get_args(Eviction))}."
+            )
+        for name in ("min_count", "interval"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"ids...managed.{name}={getattr(self, name)}: choose 1 or more.")
+        if self.decay <= 0:
+            raise ValueError(f"ids...managed.decay={self.decay}: choose above 0; for plain counts choose 'lfu'.")
+        if not 0.0 < self.fallback_share < 1.0:
+            raise ValueError(f"ids...managed.fallback_share={self.fallback_share}: choose above 0 and below 1.")
+        if not 1 <= self.buckets <= MOST_BUCKETS or self.buckets & (self.buckets - 1):
+            raise ValueError(f"ids...managed.buckets={self.buckets}: choose a power of two up to {MOST_BUCKETS}.")
+
+    def fallback_rows(self, bucket_rows: int) -> int:
+        """Rows of a bucket that no id has for its own.
+
+        Example:
+            >>> ManagedIdsConfig(fallback_share=0.05).fallback_rows(100)
+            5
+        """
+        return min(max(round(bucket_rows * self.fallback_share), 1), bucket_rows - 1)
+
+    def refuse_world(self, world_size: int, feature: str) -> None:
+        """Refuse a number of ranks that the buckets cannot be dealt to.
+
+        Raises:
+            ValueError: Names the field and what to choose instead.
+        """
+        if self.buckets % world_size:
+            raise ValueError(
+                f"ids.{feature}.managed.buckets={self.buckets}: cannot be dealt to {world_size} ranks; take a number "
+                "of ranks that divides it (a run keeps the buckets that it began with)."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class IdPolicyConfig:
+    """How the ids of one feature find their rows.
+
+    Attributes:
+        policy: ``vocabulary`` (ids with `data.min_count` training events have a row each, all others share one),
+            ``hash`` (the row is a hash of the id), ``managed_collision`` (rows are given to ids as they come, and taken
+            from those that fade); None for what `dataset.json` says.
+        rows: Rows of the table; a vocabulary counts its own.
+        salts: Hashes of an id; the rows of all of them are summed.
+        managed: Admission and eviction, for ``managed_collision``.
+    """
+
+    policy: Policy | None = None
+    rows: int = 1 << 20
+    salts: int = 1
+    managed: ManagedIdsConfig = field(default_factory=ManagedIdsConfig)
+
+    def __post_init__(self) -> None:
+        if self.policy not in (None, *get_args(Policy)):
+            raise ValueError(f"ids...policy={self.policy!r}: choose one of {', '.join(get_args(Policy))}.")
+        if self.rows < 2:
+            raise ValueError(f"ids...rows={self.rows}: choose 2 or more; one is kept for what is unknown.")
+        if not 1 <= self.salts <= _MOST_SALTS:
+            raise ValueError(f"ids...salts={self.salts}: choose 1 to {_MOST_SALTS}.")
+        buckets = self.managed.buckets
+        if self.policy == "managed_collision" and (self.rows % buckets or self.rows < 2 * buckets):
+            nearest = max(round(self.rows / buckets), 2) * buckets
+            raise ValueError(
+                f"ids...rows={self.rows}: {buckets} buckets (ids...managed.buckets) are to be equally large, of 2 rows "
+                f"or more; choose {nearest}."
+            )
+
+    def chosen(self, policy: Policy | None) -> IdPolicyConfig:
+        """The same with the data set's policy where this names none."""
+        if self.policy is not None:
+            return self
+        return IdPolicyConfig(policy=policy or "vocabulary", rows=self.rows, salts=self.salts, managed=self.managed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class IdsConfig:
+    """Id policies by feature.
+
+    Attributes:
+        item: Of items.
+        user: Of users, where the model has a table of them (ranking).
+    """
+
+    item: IdPolicyConfig = field(default_factory=IdPolicyConfig)
+    user: IdPolicyConfig = field(default_factory=IdPolicyConfig)
