@@ -52,7 +52,7 @@ class HashedKeys:
 
         Example:
             >>> HashedKeys(100, 2).keys_of(np.array([7, 8, 7])).tolist()
-            [[86, 18], [11, 69], [86, 18]]
+            [[58, 34], [59, 21], [58, 34]]
         """
         raw = np.ascontiguousarray(ids, dtype=np.int64).view(np.uint64)
         keys = []

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from mufasa_rec.config import RunConfig
+from mufasa_rec.config import RunConfig, load_config
 from mufasa_rec.data.batch import Batch
 from mufasa_rec.data.schema import DatasetManifest
 from mufasa_rec.distributed.collectives import RankExchange
 from mufasa_rec.distributed.env import DistributedEnv
 from mufasa_rec.distributed.id_policy import IdPolicyConfig, IdsConfig, ManagedIdsConfig
+from mufasa_rec.training.accounting import train_line
 from mufasa_rec.training.preemption import Preempted
 from mufasa_rec.training.saver import CheckpointConfig
 from mufasa_rec.training.warm_start_plan import WarmStartConfig
@@ -194,3 +195,21 @@ def test_tables_without_names_are_neither_imported_nor_exported(
     config = replace(config_of(dataset, policy), warm_start=WarmStartConfig(source=run, tables=("item",)))
     (told,) = run_ranks(refusal, 1, config, tmp_path / "run")
     assert f"table 'item' cannot be filled by id, its policy is {policy!r} (ids.item.policy)" in told
+
+
+def test_examples_of_the_documentation_are_configurations(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "ids.md").read_text().split("```yaml\n")[1].split("```")[0]
+    found = []
+    for number, part in enumerate(text.split("---\n")):
+        file = tmp_path / f"{number}.yaml"
+        file.write_text(part)
+        found.append(load_config(str(file)).ids.item)
+    assert [one.policy for one in found] == ["vocabulary", "hash", "managed_collision"]
+    assert found[2].managed.min_count == 2
+
+
+def test_accounting_line_says_what_became_of_the_ids(alone: Any) -> None:
+    line = metrics_of(alone["managed_collision"], "train")[-1]
+    told = train_line(line["step"], line)
+    assert f"item hit {line['item_hit_share']:.1%}, fallback {line['item_fallback_share']:.1%}, admitted" in told
+    assert "item" not in train_line(1, metrics_of(alone["hash"], "train")[-1])

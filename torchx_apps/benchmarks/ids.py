@@ -1,7 +1,7 @@
 """A stream of very many distinct ids into a bounded table with managed rows: speed, memory, hits, and a kill.
 
-    python -m torchx_apps.benchmark ids [--distinct 1e9] [--rows 20e6] [--dim 16] [--batch 262144] [--interval 64]
-        [--eviction distance_lfu] [--min-count 1] [--lifetime 4000] [--processes 1] [--kill-at STEP] [--folder FOLDER]
+    python -m torchx_apps.benchmark ids [--distinct 1e9] [--rows 20e6] [--dim 16] [--batch 65536] [--interval 256]
+        [--eviction distance_lfu] [--min-count 1] [--lifetime 16000] [--processes 1] [--kill-at STEP] [--folder FOLDER]
         [--json FILE] [--small]
 
 Ids are Zipf-distributed and drift. Each step looks a batch up, and updates it by a small loss with fused row-wise
@@ -97,7 +97,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[Task, str | None]:
         prog="benchmark ids", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     numbers = {
-        "distinct": 1e9, "rows": 20e6, "dim": 16, "batch": 262_144, "interval": 64, "min-count": 1, "lifetime": 4_000,
+        "distinct": 1e9, "rows": 20e6, "dim": 16, "batch": 65_536, "interval": 256, "min-count": 1, "lifetime": 16_000,
         "processes": 1,
     }  # fmt: skip
     for name, default in numbers.items():
