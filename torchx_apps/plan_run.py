@@ -18,7 +18,7 @@ from mufasa_rec.planning.load import StepLoad
 from mufasa_rec.planning.planner import TableRules, plan_model
 from mufasa_rec.planning.report import PlanReport
 from mufasa_rec.planning.topology import Topology
-from torchx_apps import extractors, model_facts, plan_remedies, ranking
+from torchx_apps import extractors, id_policies, model_facts, plan_remedies, ranking
 
 logger = logging.getLogger(__name__)
 _FORWARD_AND_BACKWARD = 3  # the backward of a matrix product is two of them
@@ -64,6 +64,11 @@ def plan_run(
         optimizer=config.optimizer.tables,
         frozen=frozenset(frozen),
         content={f"content.{content.modality}": content for content in sparse.contents},
+        row_bytes={
+            name: policy.managed.row_bytes
+            for name, policy in id_policies.policies(config, manifest).items()
+            if policy.policy == "managed_collision"
+        },
     )
     report = plan_model(model, topology, rules, load)
     if report.fits or not remedies:

@@ -48,6 +48,16 @@ class ManagedIdsConfig:
         if not 1 <= self.buckets <= MOST_BUCKETS or self.buckets & (self.buckets - 1):
             raise ValueError(f"ids...managed.buckets={self.buckets}: choose a power of two up to {MOST_BUCKETS}.")
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes that are kept of a row beside its weights: its id, its place, and what eviction goes by.
+
+        Example:
+            >>> ManagedIdsConfig(eviction="lru").row_bytes, ManagedIdsConfig(eviction="distance_lfu").row_bytes
+            (24, 32)
+        """
+        return 8 * (4 if self.eviction == "distance_lfu" else 3)
+
     def fallback_rows(self, bucket_rows: int) -> int:
         """Rows of a bucket that no id has for its own.
 

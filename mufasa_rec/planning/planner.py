@@ -45,6 +45,7 @@ class TableRules:
         optimizer: How those learn that do not differ.
         frozen: Features whose tables are only looked up.
         content: Content, by feature.
+        row_bytes: What is kept of each row beside weights and optimizer state, by feature: ids of managed rows.
     """
 
     sharding: ShardingConfig
@@ -52,6 +53,7 @@ class TableRules:
     optimizer: TableOptimizerConfig
     frozen: frozenset[str] = frozenset()
     content: Mapping[str, ContentTableConfig] = field(default_factory=dict)
+    row_bytes: Mapping[str, int] = field(default_factory=dict)
 
     def optimizer_of(self, feature: str) -> TableOptimizerConfig | None:
         """How a table learns; None for one that does not."""
@@ -200,11 +202,12 @@ def _ranks(
 
 
 def shard_bytes(table: EmbeddingConfig, shape: list[int], rules: TableRules) -> tuple[int, int]:
-    """Bytes of a shard's weights and of its optimizer state."""
-    rows, columns = shape
-    optimizer = rules.optimizer_of(table.feature_names[0])
+    """Bytes of a shard's weights, and of its optimizer state and whatever else is kept of its rows."""
+    (rows, columns), feature = shape, table.feature_names[0]
+    optimizer = rules.optimizer_of(feature)
     weights = rows * columns * BYTES[sharding.precision_of(table)]
-    return weights, 0 if optimizer is None else rows * optimizer.state_bytes(columns)
+    state = 0 if optimizer is None else optimizer.state_bytes(columns)
+    return weights, rows * (state + rules.row_bytes.get(feature, 0))
 
 
 def where_bytes(

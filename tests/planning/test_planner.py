@@ -9,6 +9,7 @@ from mufasa_rec.config import RunConfig
 from mufasa_rec.data.loader import DataConfig
 from mufasa_rec.data.schema import DatasetManifest
 from mufasa_rec.distributed.content_config import ContentConfig, ContentSettings
+from mufasa_rec.distributed.id_policy import IdPolicyConfig, IdsConfig, ManagedIdsConfig
 from mufasa_rec.distributed.sharding_config import ShardingConfig, TableSharding
 from mufasa_rec.distributed.table_config import TableOptimizerConfig, TablesConfig, TableSettings
 from mufasa_rec.models.retriever import RetrieverConfig
@@ -250,3 +251,10 @@ def test_modality_that_there_is_not_cannot_be_placed() -> None:
 
 def load_of(config: RunConfig) -> StepLoad:
     return describe(config, CATALOG, Topology.parse("8xH100"))[1]
+
+
+def test_ids_of_managed_rows_are_counted_beside_weights_and_state() -> None:
+    managed = IdPolicyConfig(policy="managed_collision", rows=1 << 20, managed=ManagedIdsConfig(eviction="lru"))
+    report = plan(run(ids=IdsConfig(item=managed)))
+    item = next(table for table in report.tables if table.name == "item")
+    assert (item.rows, item.weight_bytes, item.state_bytes) == (1 << 20, 512 << 20, (4 + 24) << 20)
