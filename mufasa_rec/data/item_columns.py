@@ -36,7 +36,7 @@ class ItemColumn:
         """Values of rows, of whatever shape NumPy's indexing gives; `[:]` costs memory for all items."""
         ids = np.asarray(self._ids[rows])
         found = self._resolve(ids.reshape(-1))
-        found = found.reshape(*ids.shape, *found.shape[1:])
+        found = found.reshape((*ids.shape, *found.shape[1:]))
         return found if found.ndim else found.item()
 
 
