@@ -10,6 +10,8 @@ import traceback
 from dataclasses import dataclass
 from types import FrameType
 
+from mufasa_rec.distributed import cpu_tables
+
 _DOCTOR = os.path.dirname(__file__) + os.sep
 _WATCH = _DOCTOR + "host_waits.py"  # stands between a line and what it calls, and never calls one itself
 _STANDARD = sysconfig.get_paths()["stdlib"] + os.sep
@@ -28,6 +30,7 @@ _BY_THEMSELVES = (
     os.path.join(_TORCH, "distributed", ""),
     os.path.join(_TORCH, "optim", ""),
     os.path.join(_TORCH, "nn", "parallel", ""),
+    cpu_tables.__file__,  # lookups in a CPU's memory: on an accelerator none of it runs
 )
 
 

@@ -85,6 +85,10 @@ def unpooled_tables(model: nn.Module) -> Iterator[SplitTableBatchedEmbeddingBags
 
 
 def is_unpooled_on_cpu(tables: SplitTableBatchedEmbeddingBagsCodegen) -> bool:
-    """Whether tables, of one width, are in a CPU's memory and looked up without pooling."""
+    """Whether tables are in a CPU's memory and looked up without pooling.
+
+    They must be of one width, and none without rows: FBGEMM's pooled update refuses such a one.
+    """
     one_width = len({dim for _, dim, *_ in tables.embedding_specs}) == 1
-    return bool(tables.use_cpu) and tables.pooling_mode == PoolingMode.NONE and one_width
+    all_have_rows = all(rows > 0 for rows, *_ in tables.embedding_specs)
+    return bool(tables.use_cpu) and tables.pooling_mode == PoolingMode.NONE and one_width and all_have_rows
