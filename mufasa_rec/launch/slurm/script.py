@@ -12,7 +12,8 @@ from mufasa_rec.launch.preflight import PATIENCE_ENV
 
 RANK0_ENV = "RANK0_HOST"
 GRACE_S = 60
-# What ends the job's script. A job that is cancelled or past its time has another state by then and is left alone.
+# What ends the job's script. A job that is cancelled or past its time has another state by then and is left alone; one
+# that is being warned may still be SIGNALING when it has saved and ended.
 ENDING = """\
 code=$?
 [ "$code" -eq 0 ] && exit 0
@@ -26,7 +27,7 @@ restarts=${{SLURM_RESTART_COUNT:-0}}
 again=no
 [ "$restarts" -lt {max_retries} ] && again=retry
 [[ $preempted == [0-9]* ]] && again=preempted
-[ "$state" = RUNNING ] || again=no
+[[ $state == RUNNING || $state == SIGNALING ]] || again=no
 echo "$(date +%T) srun ended: code $code, restarts $restarts, state $state, preempted $preempted; again: $again"
 [ "$again" = no ] && exit "$code"
 for attempt in 1 2 3; do scontrol requeue "$SLURM_JOB_ID" && break; sleep "$attempt"; done
