@@ -17,7 +17,7 @@ from mufasa_rec.launch.refusal import LaunchRefusedError
 from mufasa_rec.launch.resources import h100x8
 from mufasa_rec.launch.schedulers.slurm import SlurmScheduler, create_scheduler
 from mufasa_rec.launch.slurm.jobs import find_job, list_jobs, node_memory_mb
-from mufasa_rec.launch.slurm.script import quoted
+from mufasa_rec.launch.slurm.script import ENDING, quoted
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -200,3 +200,30 @@ def test_one_stream_alone_is_refused(scheduler: SlurmScheduler, stream: Stream) 
 def test_log_that_is_not_there_says_where_to_look(scheduler: SlurmScheduler) -> None:
     with pytest.raises(LaunchRefusedError, match=r"job 1: no log 'slurm-1-train-0.log'; see by `torchx status`"):
         list(scheduler.log_iter("1", "train"))
+
+
+@pytest.mark.parametrize(
+    ("state", "preempted", "restarts", "again"),
+    [
+        ("RUNNING", "None", 0, "retry"),
+        ("SIGNALING", "None", 0, "retry"),  # warned ahead of its end, saved and ended before Slurm took the flag away
+        ("RUNNING", "None", 1, "no"),
+        ("RUNNING", "2026-01-01T00:00:00", 1, "preempted"),
+        ("TIMEOUT", "None", 0, "no"),
+        ("CANCELLED", "None", 0, "no"),
+    ],
+)
+def test_end_of_a_job_decides_by_its_state_whether_it_starts_again(
+    state: str, preempted: str, restarts: int, again: str
+) -> None:
+    slurm = f"scontrol() {{ echo JobId=7 JobState={state} PreemptTime={preempted} Reason=None; }}\n(exit 75)\n"
+    done = subprocess.run(
+        ["bash", "-c", slurm + ENDING.format(max_retries=1)],
+        env={**os.environ, "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(restarts)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 75
+    assert f"state {state}, preempted {preempted}; again: {again}\n" in done.stdout
+    assert done.stdout.count("JobId=7") == (again != "no")  # what the stand-in says to a requeue
