@@ -22,7 +22,7 @@ from tests.helpers.installed import torchx
 from tests.helpers.slurm_cluster import SlurmCluster, free_ports, missing_programs
 from torchx_apps.benchmarks._same_run import differences
 
-STEPS = 150
+STEPS = 100
 # So many steps, and a line for each; otherwise the run is the demo's.
 LONGER = (
     "--trainer.epochs",
@@ -114,13 +114,13 @@ def test_run_that_is_preempted_and_loses_a_process_ends_as_the_undisturbed_one(
 ) -> None:
     training = Training(slurm, site, dataset, tmp_path / "disturbed")
     handle = training.start(retries=2)
-    training.wait_for_step(20)
+    training.wait_for_step(10)
     (tmp_path / "urgent").write_text(URGENT)
     urgent = slurm.call("sbatch", "--parsable", f"--output={tmp_path}/urgent.out", str(tmp_path / "urgent"))
     training.wait_for(f"slurm://torchx/{urgent}", "SUCCEEDED")
     stopped_at = training.step()
-    assert 20 <= stopped_at < STEPS
-    training.wait_for_step(stopped_at + 20)
+    assert 10 <= stopped_at < STEPS
+    training.wait_for_step(stopped_at + 10)
     os.kill(trainer_of(training.folder), signal.SIGKILL)
     status = training.wait_for(handle, "SUCCEEDED")
     assert re.search(r"Num Restarts: 2\b", status)
