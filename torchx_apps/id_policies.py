@@ -55,6 +55,13 @@ def tell(ids: Mapping[str, np.ndarray], found: Mapping[str, IdPolicyConfig]) -> 
             )  # fmt: skip
         elif isinstance(keys, RawKeys):
             own = found[name]
+            if own.managed.method == "multi_probe":
+                logger.info(
+                    "%s ids: %d rows in %d buckets, given at first sight within %d places of an id's hash, which keeps "
+                    "its row for %d steps after it was seen",
+                    name, own.rows, own.managed.buckets, own.managed.max_probe, own.managed.interval,
+                )  # fmt: skip
+                continue
             logger.info(
                 "%s ids: %d rows in %d buckets, given by %s every %d steps to ids seen %d time(s) or more; %d rows for "
                 "all others",

@@ -54,6 +54,7 @@ def plan_run(
         >>> report.fits, report.tables[0].name
         (True, 'item')
     """
+    config.ids.refuse_on(topology.compute_device)
     model, load = describe(config, manifest, topology, item_rows)
     sparse = model.sparse
     assert isinstance(sparse, SparseArch)

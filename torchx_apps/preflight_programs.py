@@ -41,6 +41,7 @@ def check_train(arguments: list[str], findings: Findings) -> None:
     known = len(findings.problems)
     with findings.guard():
         config.optimizer.tables.refuse_on("cuda" if machines.gpus else "cpu")
+        config.ids.refuse_on("cuda" if machines.gpus else "cpu")
     possible = len(findings.problems) == known
     with findings.guard():
         readers_of(0, max(machines.world_size, 1), config.data.num_readers)

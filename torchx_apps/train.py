@@ -118,6 +118,7 @@ def refuse_on(config: RunConfig, env: DistributedEnv) -> None:
     """
     config.optimizer.tables.refuse_on(env.device.type)
     config.tables.refuse_on(env.device.type)
+    config.ids.refuse_on(env.device.type)
     config.sharding.refuse_on(env.device.type, env.world_size)
 
 

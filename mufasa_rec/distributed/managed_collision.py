@@ -25,9 +25,12 @@ from torchrec.modules.embedding_modules import EmbeddingCollection
 from torchrec.modules.mc_embedding_modules import ManagedCollisionEmbeddingCollection
 from torchrec.modules.mc_modules import ManagedCollisionCollection, ManagedCollisionModule
 
-from mufasa_rec.distributed.id_policy import ManagedIdsConfig
+from mufasa_rec.distributed.id_policy import ManagedIdsConfig, Method
 from mufasa_rec.distributed.managed_ids import ManagedIds
+from mufasa_rec.distributed.multi_probe_ids import MultiProbeIds
 
+AnyManagedIds = ManagedIds | MultiProbeIds
+_KINDS: dict[Method, type[ManagedIds] | type[MultiProbeIds]] = {"sorted": ManagedIds, "multi_probe": MultiProbeIds}
 INSIDE = "_embedding_module"  # TorchRec's name of the tables in a managed collection
 
 
@@ -41,18 +44,19 @@ def managed_collection(
         configs: Admission and eviction by first feature.
         device: Where the weights are made.
     """
-    modules: dict[str, ManagedCollisionModule] = {
-        table.name: ManagedIds(table.feature_names[0], table.num_embeddings, configs[table.feature_names[0]], device)
-        for table in tables
-    }
+    modules: dict[str, ManagedCollisionModule] = {}
+    for table in tables:
+        feature = table.feature_names[0]
+        kind = _KINDS[configs[feature].method]
+        modules[table.name] = kind(feature, table.num_embeddings, configs[feature], device)
     return ManagedCollisionEmbeddingCollection(
         EmbeddingCollection(tables=tables, device=device), ManagedCollisionCollection(modules, tables)
     )
 
 
-def managed_ids(model: nn.Module) -> dict[str, ManagedIds]:
+def managed_ids(model: nn.Module) -> dict[str, AnyManagedIds]:
     """The parts of all managed tables that lie on this rank, by feature."""
-    return {module.feature: module for module in model.modules() if isinstance(module, ManagedIds)}
+    return {module.feature: module for module in model.modules() if isinstance(module, AnyManagedIds)}
 
 
 class ShardedManagedCollection(ShardedManagedCollisionEmbeddingCollection):
@@ -80,14 +84,14 @@ class ShardedManagedCollection(ShardedManagedCollisionEmbeddingCollection):
         kernel, index = self._place[table]
         weights = kernel.split_embedding_weights()[index]
         ids = self._managed_collision_collection._managed_collision_modules[table]
-        assert isinstance(ids, ManagedIds)
+        assert isinstance(ids, AnyManagedIds)
         weights[rows] = self._drawn(table, ids, rows, weights.shape[1]).to(weights)
         states = kernel.split_optimizer_states()  # none at all for plain gradient descent
         for state in states[index] if states else ():
             if state.numel() and state.numel() % len(weights) == 0:  # a number per row, or per weight
                 state.view(len(weights), -1)[rows] = 0
 
-    def _drawn(self, table: str, ids: ManagedIds, rows: Tensor, dim: int) -> Tensor:
+    def _drawn(self, table: str, ids: AnyManagedIds, rows: Tensor, dim: int) -> Tensor:
         """Weights `[n, dim]` of rows that get another id: the same on any number of ranks."""
         bucket = rows.div(ids.bucket_rows, rounding_mode="floor") + ids.first_bucket
         drawn = []

@@ -115,7 +115,9 @@ class ManagedIds(MCHManagedCollisionModule):
 
     def preprocess(self, features: dict[str, JaggedTensor]) -> dict[str, JaggedTensor]:
         """Raw ids to what is sent between ranks."""
-        return {name: _with(one, id_keys.to_send(one.values(), self.config.buckets)) for name, one in features.items()}
+        return {
+            name: with_values(one, id_keys.to_send(one.values(), self.config.buckets)) for name, one in features.items()
+        }
 
     def profile(self, features: dict[str, JaggedTensor]) -> dict[str, JaggedTensor]:
         """Remember what was seen in a training step; at an interval's end, admit and evict."""
@@ -123,7 +125,7 @@ class ManagedIds(MCHManagedCollisionModule):
             return features
         self._current_iter = self.step + 1
         self._current_iter_tensor += 1
-        seen = [one.values()[: _num_counted(one)] for one in features.values()]
+        seen = [one.values()[: num_counted(one)] for one in features.values()]
         self.pending.append(id_keys.received(torch.cat(seen), self.config.buckets))
         if self._current_iter % self._eviction_interval == 0:
             self._round()
@@ -159,13 +161,13 @@ class ManagedIds(MCHManagedCollisionModule):
         fallback = self._output_global_offset + bucket * self.bucket_rows + self.managed_rows + spread
         rows = torch.where(hit, self._mch_remapped_ids_mapping[place], fallback)
         if self.training:
-            counted, lookups = _num_counted(feature), len(keys)
+            counted, lookups = num_counted(feature), len(keys)
             hits = torch.stack([hit[:counted].sum(), hit[counted:].sum()])
             self.counters[1] += hits[0]
             self.counters[3] += lookups - hits.sum()
             self.counters[0] += counted
             self.counters[2] += lookups
-        return _with(feature, rows)
+        return with_values(feature, rows)
 
     def _places(self, keys: Tensor) -> Tensor:
         """First place of the ids' table that is not below each key, `[n]`.
@@ -271,7 +273,7 @@ def policy_of(config: ManagedIdsConfig) -> MCHEvictionPolicy:
     return LFU_EvictionPolicy() if config.eviction == "lfu" else LRU_EvictionPolicy()
 
 
-def _num_counted(feature: JaggedTensor) -> int:
+def num_counted(feature: JaggedTensor) -> int:
     """Ids of the table's first feature, which are counted; TorchRec hands the number of each feature as weights.
 
     The second feature holds ids that are looked up but were not seen, such as drawn negatives.
@@ -280,7 +282,7 @@ def _num_counted(feature: JaggedTensor) -> int:
     return len(feature.values()) if lengths is None else int(lengths[0])
 
 
-def _with(feature: JaggedTensor, values: Tensor) -> JaggedTensor:
+def with_values(feature: JaggedTensor, values: Tensor) -> JaggedTensor:
     """The same with other values."""
     return JaggedTensor(
         values=values, lengths=feature.lengths(), offsets=feature.offsets(), weights=feature.weights_or_none()

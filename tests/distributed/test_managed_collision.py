@@ -14,6 +14,7 @@ from mufasa_rec.distributed import id_keys, sharding
 from mufasa_rec.distributed.env import DistributedEnv
 from mufasa_rec.distributed.id_policy import ManagedIdsConfig
 from mufasa_rec.distributed.managed_collision import managed_ids, start_rows_like
+from mufasa_rec.distributed.managed_ids import ManagedIds
 from mufasa_rec.distributed.sharding_config import ShardingConfig, TableSharding
 from mufasa_rec.distributed.table_config import TableOptimizerConfig
 from mufasa_rec.modules.sparse_arch import SparseArch, TableConfig, merge
@@ -135,6 +136,7 @@ def planted(env: DistributedEnv, trial: Trial) -> dict[str, Any]:
     for before in batches[:-1]:
         model(before)[0].backward()
     ids = managed_ids(model)["item"]
+    assert isinstance(ids, ManagedIds)
     optimizer = model.fused_optimizer.state_dict()["state"]  # type: ignore[union-attr, operator]
     trained, ids_before = shards_of(model)["t_item"][0][1], ids._mch_sorted_raw_ids.clone()
     state = [

@@ -258,3 +258,13 @@ def test_ids_of_managed_rows_are_counted_beside_weights_and_state() -> None:
     report = plan(run(ids=IdsConfig(item=managed)))
     item = next(table for table in report.tables if table.name == "item")
     assert (item.rows, item.weight_bytes, item.state_bytes) == (1 << 20, 512 << 20, (4 + 24) << 20)
+
+
+def test_rows_by_multi_probe_are_planned_for_gpus_and_refused_on_a_cpu() -> None:
+    probed = ManagedIdsConfig(method="multi_probe", eviction="lru")
+    ids = IdsConfig(item=IdPolicyConfig(policy="managed_collision", rows=1 << 20, managed=probed))
+    item = next(table for table in plan(run(ids=ids)).tables if table.name == "item")
+    assert (item.rows, item.sharding_type, item.compute_kernel) == (1 << 20, "row_wise", "fused")
+    assert item.state_bytes == (4 + 12) << 20
+    with pytest.raises(ValueError, match=r"ids\.item\.managed\.method='multi_probe': FBGEMM's kernel gives rows"):
+        plan(run(ids=ids), "2xCPU")

@@ -238,7 +238,9 @@ class _Job:
 
     def __init__(self, task: Task) -> None:
         self.task, self.exchange, self.model = task, RankExchange(), _model(task)
-        self.ids: ManagedIds = managed_ids(self.model)[FEATURE]
+        ids = managed_ids(self.model)[FEATURE]
+        assert isinstance(ids, ManagedIds)
+        self.ids = ids
         self.seconds = {"round": 0.0, "remap": 0.0, "stream": 0.0}
         for name, method in (("round", "_round"), ("remap", "remap"), ("remap", "preprocess")):
             setattr(self.ids, method, self._timed(name, getattr(self.ids, method)))
