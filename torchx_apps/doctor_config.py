@@ -14,6 +14,7 @@ from mufasa_rec.data.schema import DatasetManifest
 from mufasa_rec.diagnosis.examination import Ready
 from mufasa_rec.diagnosis.tables import Asked, feature_findings, plan_findings, tables_of
 from mufasa_rec.distributed import sharding
+from mufasa_rec.distributed.env import DistributedEnv
 from mufasa_rec.models.ranker import Ranker
 from mufasa_rec.models.retriever import Retriever
 from mufasa_rec.training.fusion_file import TrainedLayer
@@ -46,7 +47,7 @@ def ready(config: RunConfig, manifest: DatasetManifest | None, room: Room) -> Re
     device = room.env.device
     plan = room.look("tables", lambda: assembly.plan_of(config, model, device))
     if plan is not None:
-        room.add(plan_findings(model, plan, device.type, _asked(config, model, device.type)))
+        room.add(plan_findings(model, plan, device.type, _asked(config, model, room.env)))
     if room.in_the_way("data", "tables") or plan is None:
         return None
     if data is None:
@@ -103,7 +104,7 @@ def _imagined(config: RunConfig, manifest: DatasetManifest, room: Room) -> Unsha
     return model, batches, config, None
 
 
-def _asked(config: RunConfig, model: nn.Module, device_type: str) -> dict[str, Asked]:
+def _asked(config: RunConfig, model: nn.Module, env: DistributedEnv) -> dict[str, Asked]:
     """What the configuration asks of each table; a saved plan is taken as it is."""
     if config.sharding.plan:
         return {}
@@ -111,7 +112,8 @@ def _asked(config: RunConfig, model: nn.Module, device_type: str) -> dict[str, A
     for _, _, table in tables_of(model):
         name = table.feature_names[0]
         own = f"sharding.tables[{name!r}]" if name in config.sharding.tables else "sharding"
-        found[table.name] = Asked(config.sharding.types_of(name, device_type), config.sharding.kernels_of(name), own)
+        types = config.sharding.types_of(name, env.device.type, env.world_size)
+        found[table.name] = Asked(types, config.sharding.kernels_of(name), own)
     return found
 
 

@@ -142,9 +142,7 @@ def make_planner(
     constraints = {}
     for collection, table in tables:
         _refuse_parted_rows(collection, table, config)
-        constraints[table.name] = _constraints(
-            table, config, settings or TablesConfig(), topology.compute_device, ids_per_step or {}
-        )
+        constraints[table.name] = _constraints(table, config, settings or TablesConfig(), topology, ids_per_step or {})
     return EmbeddingShardingPlanner(
         topology=topology,
         batch_size=1,  # a step's ids of a feature are one list
@@ -162,7 +160,7 @@ def _refuse_parted_rows(collection: EmbeddingCollection, table: EmbeddingConfig,
     """Refuse parts of rows under an optimizer that has one number per row: each part would have its own."""
     name = table.feature_names[0]
     classes = getattr(collection.embeddings[table.name].weight, "_optimizer_classes", ())
-    if RowWiseAdagrad in classes and "column_wise" in config.types_of(name, ""):
+    if RowWiseAdagrad in classes and "column_wise" in config.types_of(name, "", 0):
         raise ValueError(
             f"sharding.types: 'column_wise' may cut table {name!r}, whose optimizer row_wise_adagrad keeps one number "
             "per row, and each part would keep its own; choose 'adagrad' for it, or leave its rows whole."
@@ -190,7 +188,7 @@ def _constraints(
     table: EmbeddingConfig,
     config: ShardingConfig,
     settings: TablesConfig,
-    device_type: str,
+    topology: Topology,
     ids_per_step: Mapping[str, int],
 ) -> ParameterConstraints:
     """What the planner may do with one table."""
@@ -199,7 +197,7 @@ def _constraints(
     cache_share = config.cache_share_of(name)
     on_ssd = "key_value" in config.kernels_of(name)
     return ParameterConstraints(
-        sharding_types=list(config.types_of(name, device_type)),
+        sharding_types=list(config.types_of(name, topology.compute_device, topology.world_size)),
         compute_kernels=list(config.kernels_of(name)),
         min_partition=min(config.min_columns, table.embedding_dim),
         pooling_factors=[float(ids_per_step.get(name, 1))] * len(table.feature_names),

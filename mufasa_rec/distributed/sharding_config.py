@@ -40,8 +40,8 @@ class ShardingConfig:
     """How tables are spread over ranks.
 
     Attributes:
-        types: Sharding types that the planner may choose from; None for row-wise on a CPU, and row-wise and table-wise
-            on a GPU.
+        types: Sharding types that the planner may choose from; None for table-wise on one rank, row-wise on CPUs, and
+            row-wise and table-wise on GPUs.
         kernels: Where weights may lie and what looks them up: ``fused`` (the device's memory), ``fused_uvm`` (host
             memory), ``fused_uvm_caching`` (host memory, with a cache on the device), ``key_value`` (SSD, with such a
             cache). Nothing leaves the device's memory that is not asked to.
@@ -99,10 +99,18 @@ class ShardingConfig:
         if "key_value" in kernels and not self.ssd_folder:
             raise ValueError("sharding.kernels: 'key_value' keeps rows on an SSD; give sharding.ssd_folder.")
 
-    def types_of(self, table: str, device_type: str) -> tuple[ShardingType, ...]:
-        """Sharding types that a table may have on a kind of device."""
+    def types_of(self, table: str, device_type: str, world_size: int) -> tuple[ShardingType, ...]:
+        """Sharding types that a table may have on a kind of device.
+
+        One rank has a table whole anyhow; by rows TorchRec would sort ids into one bucket, and vectors back again: half
+        of a lookup's time on a CPU.
+        """
         chosen = self.tables.get(table, TableSharding()).types or self.types
-        return chosen or (("row_wise",) if device_type == "cpu" else ("row_wise", "table_wise"))
+        if chosen:
+            return chosen
+        if world_size == 1:
+            return ("table_wise",)
+        return ("row_wise",) if device_type == "cpu" else ("row_wise", "table_wise")
 
     def kernels_of(self, table: str) -> tuple[Kernel, ...]:
         """Compute kernels that a table may have."""

@@ -33,7 +33,7 @@ class Lookup(nn.Module):
 def sharded_table(
     rows: int, dim: int, device: torch.device, dtype: Precision = "fp32", optimizer: str = "row_wise_adagrad"
 ) -> nn.Module:
-    """A table as a run has it, row-wise over the ranks that there are."""
+    """A table as a run has it: row-wise over several ranks, whole on one."""
     sparse = SparseArch(
         [TableConfig(name=FEATURE, num_embeddings=rows, weight_dtype=dtype)], dim, [], torch.device("meta")
     )
