@@ -198,7 +198,7 @@ def said_at_start(env: DistributedEnv, config: RunConfig) -> list[str]:
 def test_start_says_where_each_modality_lies(dataset: str) -> None:
     (lines,) = run_ranks(said_at_start, 1, replace(small_config(dataset), content=MIXED))
     found = {line.split()[0]: line.split() for line in lines}
-    assert found["content.title"][3:7] == ["int8", "fp32", "row_wise", "fused"]
+    assert found["content.title"][3:7] == ["int8", "fp32", "table_wise", "fused"]
     assert found["content.image"][3:8] == ["fp16", "fp32", "host", "memory_map", "frozen"]
 
 
